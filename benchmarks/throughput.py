@@ -1,0 +1,226 @@
+"""How fast a method's steps are, as a fraction of what this machine's matrix products reach in the same minute.
+
+    python benchmarks/throughput.py --method csd [--precision bf16] [--compile] [--log benchmarks/results/NAME.jsonl]
+
+Numerator: the FLOPs of the *frozen* step (no weight gradient that nobody reads), counted once by PyTorch and used for every
+variant, so that waste earns nothing. Denominator: the median of 2048 x 2048 matrix products in the same precision, taken
+between the timed steps. Seconds are noise on a shared machine; the fractions and the ratio of two variants of one run are not.
+
+Variants of `csd`, both on the work of the authors' script (WRN-40-2 to WRN-16-1, 32x32, 200 synthesised images, batch 128):
+    authors   their order of work, written anew from its description: crops in a Python loop over images, weight gradients in
+              every network, a permuted copy of each BN input for its variance in every teacher pass, a graph for the head's
+              student pass, one .item() a step. Without their PNG files and loader processes, which would only add to it.
+    here      csd.distill itself, timed from one `tick` to the next.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import csd
+from common import DATASETS, batchnorms, build_model, last_linear, normalize, recorded_inputs, seeded
+from run import device_name, set_up_device, versions
+
+SIZE = 2048
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Stopwatch:
+    """A `run` that times the steps between its ticks, with matrix products in between."""
+    def __init__(self, device, precision, skip=1):
+        self.device, self.skip, self.seconds, self.products = device, skip, {}, []
+        self.factors = torch.randn(2, SIZE, SIZE, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        self.before = {}
+
+    def product(self):
+        wait(self.device)
+        began = time.perf_counter()
+        for _ in range(20 if self.device.type == "cuda" else 1):
+            self.factors[0] @ self.factors[1]
+        wait(self.device)
+        count = 20 if self.device.type == "cuda" else 1
+        self.products.append(2 * SIZE ** 3 * count / (time.perf_counter() - began))
+
+    def start(self):
+        for _ in range(3):
+            self.product()
+        wait(self.device)
+        self.began = time.perf_counter()
+
+    def lap(self, name):
+        wait(self.device)
+        self.seconds.setdefault(name, []).append(time.perf_counter() - self.began)
+        self.start()
+
+    def restore(self, state):
+        self.start()
+
+    def tick(self, state):
+        moved = [key for key in ("synthesis_step", "distillation_step") if key in state and state[key] != self.before.get(key, 0)]
+        self.before = {key: state[key] for key in ("synthesis_step", "distillation_step") if key in state}
+        self.lap(moved[0].removesuffix("_step"))
+
+    def report(self, **row):
+        pass
+
+    def median(self, name):
+        return statistics.median(self.seconds[name][self.skip:])
+
+
+# ---------------------------------------------------------------------------------------------------------------- csd
+def csd_setting(settings, device):
+    data = DATASETS["cifar10"]
+    with seeded(0):
+        teacher, student = build_model("wrn40_2", 10, data.image_shape), build_model("wrn16_1", 10, data.image_shape)
+    settings = SimpleNamespace(**{**csd.PRESETS["cifar10-wrn40_2-wrn16_1"], **settings}, seed=0)
+    settings.lr_student = 1e-3     # an untrained teacher and noise as images: 0.1 would diverge; the arithmetic is the same
+    settings.epochs = settings.bank_rounds = settings.bank_synthesis_steps = 1
+    bank = csd.ImageBank(data.image_shape, 2 * settings.batch_size, device)
+    labels = torch.arange(2 * settings.batch_size, device=device) % 10
+    bank.add(torch.rand(2 * settings.batch_size, *data.image_shape, device=device), labels)
+    return teacher.to(device).eval(), student.to(device), data, settings, bank
+
+
+def csd_flops(device):
+    """FLOPs of one frozen synthesis step and one frozen distillation step, counted at a 1/40 and 1/32 batch and scaled."""
+    counted = {}
+
+    class Counter:
+        def restore(self, state):
+            self.before = mode.get_total_flops()        # what building the networks took
+
+        def tick(self, state):
+            counted["distillation" if state["distillation_step"] else "synthesis"] = mode.get_total_flops() - self.before
+            self.before = mode.get_total_flops()
+
+        def report(self, **row):
+            pass
+    teacher, student, data, settings, bank = csd_setting(dict(synthesis_steps=1, student_steps=1), device)
+    settings.synthesis_batch_size, settings.batch_size = 5, 4
+    with FlopCounterMode(display=False) as mode:
+        csd.distill(teacher, student, data, settings, Counter(), bank)
+    return {"synthesis": counted["synthesis"] * 40, "distillation": counted["distillation"] * 32}
+
+
+def csd_here(watch, options, laps):
+    teacher, student, data, settings, bank = csd_setting({**options, "synthesis_steps": laps, "student_steps": laps}, watch.device)
+    csd.distill(teacher.to(memory_format=torch.channels_last), student.to(memory_format=torch.channels_last), data, settings, watch, bank)
+
+
+def csd_authors(watch, options, laps):
+    """The same arithmetic in the authors' order of work (see above), without csd.py's frozen passes."""
+    teacher, student, data, settings, bank = csd_setting(options, watch.device)
+    device, n = watch.device, settings.synthesis_batch_size
+    generator = csd.Generator(settings.latent_dim, data.image_shape).to(device)
+    head = csd.AuxiliaryHead(64, 10).to(device)
+    regressor = csd.Regressor(64, 128, 8).to(device)
+    z, targets = torch.randn(n, settings.latent_dim, device=device, requires_grad=True), torch.arange(n, device=device) % 10
+    optimizer_g = torch.optim.Adam([*generator.parameters(), z], 1e-3, betas=(0.5, 0.999))
+    optimizer_s = torch.optim.SGD([*student.parameters(), *regressor.parameters()], settings.lr_student, momentum=0.9, weight_decay=1e-4)
+    optimizer_h = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    distances = {}
+
+    def measure(layer, inputs):
+        x = inputs[0]
+        variance = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
+        distances[layer] = torch.norm(layer.running_var - variance, 2) + torch.norm(layer.running_mean - x.mean((0, 2, 3)), 2)
+
+    def crops(pixels):
+        padded, moved = F.pad(pixels, (4,) * 4), []
+        for image, (top, left) in zip(padded, torch.randint(0, 9, (len(pixels), 2))):
+            image = image[:, top:top + 32, left:left + 32]
+            moved.append(image.flip(2) if torch.rand(()) < 0.5 else image)
+        return normalize(torch.stack(moved), data).contiguous()
+    hooks = [layer.register_forward_pre_hook(measure) for layer in batchnorms(teacher)]
+    classifier, best = last_linear(student), 1e6
+    with recorded_inputs([classifier, student.last_map, teacher.last_map]) as seen:
+        watch.start()
+        student.eval()
+        for _ in range(laps):
+            pixels = generator(z)
+            images = crops(pixels)
+            logits = teacher(images)
+            student(csd.rotations(images))
+            loss = (F.cross_entropy(logits, targets) + sum(distances.values())
+                    + 10 * csd.csd_loss(head(seen[classifier]), csd.rotation_labels(targets)))
+            if loss.item() < best:
+                best, kept = loss.item(), pixels.detach().clone()
+            optimizer_g.zero_grad()
+            loss.backward()
+            optimizer_g.step()
+            watch.lap("synthesis")
+        for network in (teacher, student, head):
+            network.zero_grad()
+        for _ in range(laps):
+            pixels, labels = bank.take(torch.arange(settings.batch_size, device=device))
+            images = crops(pixels)
+            student.train()
+            with torch.no_grad():
+                teacher_logits = teacher(images)
+            logits = student(images)
+            loss = (csd.kd_loss(logits, teacher_logits, 20) + F.cross_entropy(logits, labels)
+                    + 30 * csd.feature_loss(regressor(seen[student.last_map]), seen[teacher.last_map]))
+            optimizer_s.zero_grad()
+            loss.backward()
+            optimizer_s.step()
+            student.eval()
+            student(csd.rotations(images))
+            loss = csd.auxiliary_loss(head(seen[classifier].detach()), csd.rotation_labels(labels))
+            optimizer_h.zero_grad()
+            loss.backward()
+            optimizer_h.step()
+            (logits.argmax(1) == labels).float().mean().item()
+            watch.lap("distillation")
+    for hook in hooks:
+        hook.remove()
+
+
+METHODS = {"csd": (csd_flops, {"authors": csd_authors, "here": csd_here})}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--laps", type=int, default=4, help="timed steps a variant and phase, plus one to warm up")
+    parser.add_argument("--device")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--log", help="append the result to this file, one JSON line a variant")
+    settings = parser.parse_args(argv)
+    settings.deterministic = False
+    device = set_up_device(settings)
+    count, variants = METHODS[settings.method]
+    flops = count(device)
+    print(f"{settings.method} on {device_name(device)}, {settings.precision}: " +
+          ", ".join(f"one {name} step = {value / 1e9:.0f} GFLOP frozen" for name, value in flops.items()))
+    print(f"{'variant':>10s} {'phase':>13s} {'seconds':>9s} {'GFLOP/s':>9s} {'products':>9s} {'fraction':>9s}")
+    for name, variant in variants.items():
+        watch = Stopwatch(device, settings.precision)
+        variant(watch, dict(precision=settings.precision, compile=settings.compile), settings.laps + 1)
+        ceiling = statistics.median(watch.products)
+        row = dict(method=settings.method, variant=name, device=device_name(device), precision=settings.precision, compile=settings.compile,
+                   versions=versions(), ceiling_gflops=round(ceiling / 1e9, 1))
+        for phase, work in flops.items():
+            seconds = watch.median(phase)
+            row[phase] = dict(seconds=round(seconds, 4), gflop=round(work / 1e9, 1), fraction=round(work / seconds / ceiling, 3))
+            print(f"{name:>10s} {phase:>13s} {seconds:9.3f} {work / seconds / 1e9:9.1f} {ceiling / 1e9:9.1f} {work / seconds / ceiling:9.2f}", flush=True)
+        if settings.log:
+            with open(settings.log, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
