@@ -486,6 +486,8 @@ class Run(Progress):
         with seeded(settings.seed):
             self.student = build_model(settings.student, self.data.num_classes, self.data.image_shape)
         self.student.to(device, memory_format=torch.channels_last)
+        if settings.compile:
+            compile_networks(self.teacher.model, self.student)
         may_differ = ("device", "data_dir", "out", "resume", "teacher")
         identity = {key: value for key, value in vars(settings).items() if key not in may_differ}
         self.folder = self._make_folder()
@@ -572,12 +574,14 @@ class Run(Progress):
             print(f"{event}: {row['text']}", flush=True)
 
     def _print(self, row):
-        """One aligned line; the names again whenever they change. Cumulative counters are in the log only."""
-        columns = [key for key in row if key not in ("event", "images_synthesized", "student_steps", "teacher_queries")]
-        if columns != self.columns:
-            self.columns = columns
-            print(" ".join(f"{key.removeprefix('loss_').replace('seconds_', 's_')[:11]:>11s}" for key in columns))
-        print(" ".join(f"{_shown(row[key]):>11s}" for key in columns), flush=True)
+        """One aligned line; the names again whenever they change. Zeros (terms that are off) and counters are in the log only."""
+        seconds = sum(value for key, value in row.items() if key.startswith("seconds_"))
+        row = {key.removeprefix("loss_"): value for key, value in {**row, "seconds": round(seconds, 1)}.items() if key not in
+               ("event", "images_synthesized", "student_steps", "teacher_queries") and not key.startswith("seconds_")}
+        if not self.columns or row.keys() != self.columns[0]:
+            self.columns = row.keys(), [key for key in row if row[key] != 0 or key in ("epoch", "round")]
+            print(" ".join(f"{key:>{max(8, len(key))}s}" for key in self.columns[1]))
+        print(" ".join(f"{_shown(row[key]):>{max(8, len(key))}s}" for key in self.columns[1]), flush=True)
 
     def finish(self):
         """Score the last epoch's student, write student.pt and the end row, print the result."""
@@ -598,7 +602,16 @@ class Run(Progress):
 
 
 def _shown(value):
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    """For the screen: '-' for None, four digits after the point, fewer for large numbers."""
+    return "-" if value is None else str(value) if not isinstance(value, float) else f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def compile_networks(*models):
+    """torch.compile in place; state_dicts keep their names. Hooks come and go here, so the compiled code must look for them."""
+    import torch._dynamo
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    for model in models:
+        model.compile()
 
 
 def peak_memory_mb(device):

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import csd
 from common import DATASETS, batchnorms, build_model, last_linear, normalize, recorded_inputs, seeded
-from run import device_name, set_up_device, versions
+from run import compile_networks, device_name, set_up_device, versions
 
 SIZE = 2048
 
@@ -116,6 +116,8 @@ def csd_flops(device):
 
 def csd_here(watch, options, laps):
     teacher, student, data, settings, bank = csd_setting({**options, "synthesis_steps": laps, "student_steps": laps}, watch.device)
+    if options["compile"]:
+        compile_networks(teacher, student)
     csd.distill(teacher.to(memory_format=torch.channels_last), student.to(memory_format=torch.channels_last), data, settings, watch, bank)
 
 
