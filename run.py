@@ -606,12 +606,12 @@ def _shown(value):
     return "-" if value is None else str(value) if not isinstance(value, float) else f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
 
 
-def compile_networks(*models):
+def compile_networks(*models, backend="inductor"):
     """torch.compile in place; state_dicts keep their names. Hooks come and go here, so the compiled code must look for them."""
     import torch._dynamo
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     for model in models:
-        model.compile()
+        model.compile(backend=backend)
 
 
 def peak_memory_mb(device):

@@ -1,0 +1,145 @@
+"""The laws of the house, each held by a test."""
+import ast
+import inspect
+import io
+import json
+import re
+import subprocess
+import sys
+import tokenize
+
+import pytest
+
+import csd
+from conftest import ROOT
+
+METHODS = {"csd": (csd, 500)}          # method files and the most lines that each may have
+LIMITS = {"common": 750, "run": 700, **{name: limit for name, (_, limit) in METHODS.items()}}
+
+
+def tree_of(name):
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def imported(name):
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_every_method_file_is_in_this_table():
+    files = {path.stem for path in ROOT.glob("*.py")}
+    assert files == {"common", "run", *METHODS}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_files_are_short_and_no_method_imports_another(name):
+    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= LIMITS[name]
+    assert max(map(len, (ROOT / f"{name}.py").read_text().splitlines())) <= 140
+    others = set(METHODS) - {name} | ({"run"} if name == "common" else set())
+    at_top = [node.module for node in tree_of(name).body if isinstance(node, ast.ImportFrom)]
+    assert not others & (set(imported(name)) if name != "common" else set(at_top))
+
+
+@pytest.mark.parametrize("name", ["common", "run"])
+def test_plumbing_computes_no_distillation_loss(name):
+    source = (ROOT / f"{name}.py").read_text()
+    calls = {node.func.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+    assert not calls & {"kl_div", "mse_loss", "log_softmax"} and not re.search(r"def \w+_loss", source)
+    assert ("backward" in calls) == (name == "run")            # a teacher's cross-entropy, nothing else
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_distill_is_data_free_by_signature(name):
+    parameters = list(inspect.signature(METHODS[name][0].distill).parameters.values())
+    assert [p.name for p in parameters[:5]] == ["teacher", "student", "data", "settings", "run"] and parameters[4].default is None
+    assert {p.name for p in parameters[5:]} <= {"bank", "generator", "pool"} and all(p.default is None for p in parameters[5:])
+    before_main = (ROOT / f"{name}.py").read_text().split("# ------", 2)[2].split("def main(")[0]
+    assert "load_dataset" not in (ROOT / f"{name}.py").read_text() and "ImageSet" not in before_main
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_main_and_its_helpers_use_the_run_room(name):
+    """What comes from run.py is never touched by a loss, a network or distill."""
+    tree = tree_of(name)
+    from_run = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "run" for alias in node.names}
+    free = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            if from_run & {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}}
+    assert free <= {"main", "stored_bank"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_pure_functions_of_tensors_with_a_full_docstring(name):
+    losses = [node for node in tree_of(name).body if isinstance(node, ast.FunctionDef) and node.name.endswith("_loss")]
+    assert losses
+    for loss in losses:
+        text = ast.get_docstring(loss)
+        assert "-> ()" in text and ("[code" in text or "[inferred" in text), loss.name           # shapes and source
+        assert not {"settings", "run", "device"} & {n.id for n in ast.walk(loss) if isinstance(n, ast.Name)}, loss.name
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_comments_and_docstrings_carry_their_share(name):
+    """At least 30 % of a method's non-blank lines are comment, docstring or end in a comment; a fifth of the plumbing's."""
+    source = (ROOT / f"{name}.py").read_text()
+    lines = {i + 1 for i, line in enumerate(source.splitlines()) if line.strip()}
+    said = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            said |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    assert len(said & lines) / len(lines) >= (0.30 if name in METHODS else 0.20), len(said & lines) / len(lines)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_name_under_copy_exists_and_has_a_docstring(name):
+    module = METHODS[name][0]
+    copy = re.search(r"^Copy\s+(.*?)^\w", module.__doc__, re.S | re.M)[1]
+    names = re.findall(r"\w+", copy)
+    assert len(names) > 5
+    for name in names:
+        assert getattr(module, name).__doc__, name
+
+
+def test_a_loss_pasted_into_an_empty_file_works(tmp_path):
+    """With nothing but torch and einops, as a copier does it."""
+    losses = [inspect.getsource(function) for name, function in vars(csd).items() if name.endswith("_loss") or name.startswith("rotation")]
+    code = "import torch\nimport torch.nn.functional as F\nfrom einops import rearrange\n" + "\n".join(losses) + "\nprint(kd_loss(torch.ones(2, 3), torch.eye(3)[:2], 4.0).item())\n"
+    (tmp_path / "mine.py").write_text(code)
+    result = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and float(result.stdout) > 0, result.stderr
+
+
+def test_the_readmes_own_teacher_example_runs(tmp_path):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    (tmp_path / "example.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + block)
+    result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len([line for line in block.splitlines() if line.strip()]) <= 14
+
+
+def test_the_readmes_results_come_from_the_committed_logs():
+    """The block between the markers is, word for word, what benchmarks/table.py prints."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"<!-- results: python benchmarks/table.py -->\n(.*?)<!-- end -->", text, re.S)[1]
+    printed = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "table.py")], capture_output=True, text=True, check=True).stdout
+    assert block.strip() == printed.strip()
+
+
+def test_the_methods_table_lists_the_files_that_are_there():
+    listed = re.findall(r"^\| \[`(\w+)\.py`\]", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(METHODS)
+
+
+def test_requirements_have_lower_bounds_and_reasons():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert re.fullmatch(r"[\w-]+>=[\d.]+\s+# .+", line), line
+
+
+def test_committed_logs_are_whole():
+    for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert rows and all("event" in row or "variant" in row for row in rows), path
+        if "event" in rows[0]:
+            assert rows[0]["event"] == "start" and rows[-1]["event"] == "end", path
