@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import re
-import resource
 import signal
 import sys
 import textwrap
@@ -618,6 +617,10 @@ def peak_memory_mb(device):
     """Most memory held so far: on CUDA by PyTorch's tensors, else by the process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    try:
+        import resource
+    except ImportError:        # Windows
+        return None
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))
 
 

@@ -211,7 +211,7 @@ def test_the_head_is_drawn_anew_and_keeps_its_momentum_unless_told():
                 momenta.append(sum((buffer["momentum_buffer"] - gradient).abs().sum().item() for buffer, gradient in zip(buffers, gradients)))
             assert all(m.abs().max() < 0.15 for m in state["head"].state_dict().values()) or state["epoch"] == 0
         recorder.look = look
-        csd.distill(teacher, student, data, tiny_settings(lr_head=1e-9), recorder)
+        csd.distill(teacher, student, data, tiny_settings(lr_head=1e-9, fresh_head_optimizer=fresh), recorder)
         assert momenta[0] < 1e-2 and (momenta[1] < 1e-2) == fresh     # a fresh buffer equals the gradient (and weight decay)
 
 

@@ -264,7 +264,7 @@ def test_help_names_every_presets_value(capsys):
     with pytest.raises(SystemExit) as stop:
         csd.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "cifar10-short" in text and "digits 60" in text
+    assert stop.value.code == 0 and "cifar10-short" in text and "digits 110" in text
 
 
 def test_missing_cifar10_says_what_to_type(in_tmp, capsys, monkeypatch):
