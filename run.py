@@ -285,7 +285,7 @@ def read_classifier(path):
 def load_teacher(settings, device):
     """The network that `--teacher` names: a file, a model name (trained if need be), torchvision:NAME or module:function."""
     wanted = settings.teacher
-    if ":" in wanted:
+    if ":" in wanted and not is_file_name(wanted):
         data = dataset_spec(settings)
         model = foreign_model(wanted, data.num_classes, pretrained=True).to(device)
         name, digest = re.sub(r"\W+", "_", wanted), hashlib.sha256()
@@ -407,14 +407,14 @@ def read_settings(argv, method, doc, presets, flags, own=None):
     args = parser.parse_args(argv)
 
     of_preset = (args.preset or "").split("-")
-    file = read_classifier(args.teacher) if args.teacher and is_file_name(args.teacher) and ":" not in args.teacher else {}
+    file = read_classifier(args.teacher) if args.teacher and is_file_name(args.teacher) else {}
     if args.preset and args.preset not in presets:
         raise BadInput(f"{method} has no preset '{args.preset}'; choose from {', '.join(presets)}")
     args.dataset = args.dataset or (of_preset[0] if of_preset[0] in DATASETS else file.get("dataset", "cifar10"))
     if args.dataset not in (*DATASETS, "none") and not args.dataset.startswith("folder:"):
         raise BadInput(f"unknown data set '{args.dataset}'; choose from {dataset_names()}")
-    if args.dataset == "none" and not args.teacher:
-        raise BadInput("--dataset none needs a --teacher with weights: a file, or torchvision:NAME")
+    if args.dataset == "none" and not file:
+        raise BadInput("--dataset none needs a --teacher file: without a data set only the file knows shape and normalisation")
     numbers_of = file.get("dataset", args.dataset) if args.dataset == "none" else args.dataset
     pair = of_preset[1:] if len(of_preset) == 3 else PAIRS.get(numbers_of, ("resnet34", "resnet18"))
     args.teacher, args.student = args.teacher or pair[0], args.student or pair[1]
@@ -473,7 +473,7 @@ def device_name(device):
 class Run(Progress):
     """The run folder and the pace of a run; built by main() alone. `teacher`, `student` and `data` are for `distill`.
 
-    Whatever can be refused is refused before the folder is made. The test set is seen by `report` and `finish` only.
+    Whatever can be refused is refused before the folder is made. The test set is seen by this class alone.
     """
     def __init__(self, method, settings):
         device = set_up_device(settings)
@@ -489,21 +489,26 @@ class Run(Progress):
             compile_networks(self.teacher.model, self.student)
         may_differ = ("device", "data_dir", "out", "resume", "teacher")
         identity = {key: value for key, value in vars(settings).items() if key not in may_differ}
-        self.folder = self._make_folder()
-        super().__init__(self.folder / "checkpoint.pt", dict(method=method, teacher_sha256=self.teacher.sha256, **identity))
+        super().__init__(Path(settings.out or "runs", "checkpoint.pt"), dict(method=method, teacher_sha256=self.teacher.sha256, **identity))
         found = self.load() if settings.resume else None
         if found and found["rows"][-1]["event"] == "end":
-            raise BadInput(f"the run in {self.folder} is finished; its last line: {json.dumps(found['rows'][-1])}")
+            raise BadInput(f"the run in {settings.out} is finished; its last line: {json.dumps(found['rows'][-1])}")
         self.teacher_logits = predict(self.teacher.model, self.test, self.data) if self.test else None
         self.teacher_acc = accuracy(self.teacher_logits, self.test.labels) if self.test else None
-        first = dict(event="resume" if found else "start", method=method, arguments=dict(vars(settings)), versions=versions(),
-                     device=device_name(device), teacher_sha256=self.teacher.sha256, teacher_acc=self.teacher_acc)
-        print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted(vars(settings).items()) if value not in ("", None)),
-                            118, initial_indent=f"{method}: ", subsequent_indent="    "))
-        print(f"teacher {self.teacher.name}: test accuracy {_shown(self.teacher_acc)}; student {settings.student}; "
+        self.folder, self.columns, self.resumes = None, None, found is not None
+
+    def _begin(self):
+        """Make the folder and write the first row; called by the first row or the first state, when nothing can be refused any more."""
+        self.folder = self._make_folder()
+        self.path, self.previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.prev.pt"
+        first = dict(event="resume" if self.resumes else "start", method=self.method, arguments=dict(vars(self.settings)),
+                     versions=versions(), device=device_name(self.device), teacher_sha256=self.teacher.sha256, teacher_acc=self.teacher_acc)
+        print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted(vars(self.settings).items()) if value not in ("", None)),
+                            118, initial_indent=f"{self.method}: ", subsequent_indent="    "))
+        print(f"teacher {self.teacher.name}: test accuracy {_shown(self.teacher_acc)}; student {self.settings.student}; "
               f"{first['device']}; {self.folder}", flush=True)
-        self.columns, self.resume_row = None, first if found else None     # a resumed log is written when the state is restored
-        if not found:
+        self.resume_row = first if self.resumes else None    # a resumed log waits for the state, which knows its rows
+        if not self.resumes:
             (self.folder / "log.jsonl").unlink(missing_ok=True)
             self.report(**first)
 
@@ -531,6 +536,8 @@ class Run(Progress):
                 number += 1
 
     def restore(self, state):
+        if self.folder is None:
+            self._begin()
         super().restore(state)
         if self.resume_row:                                  # the log becomes what it was at the checkpoint, plus this row
             resume_row, self.resume_row = self.resume_row, None
@@ -544,6 +551,8 @@ class Run(Progress):
             self._log(row)
 
     def _log(self, row):
+        if self.folder is None:
+            self._begin()
         if self.resume_row is None:                          # else the checkpoint's own rows hold it
             self.rows.append(row)
             with open(self.folder / "log.jsonl", "a") as file:

@@ -146,7 +146,7 @@ def csd_authors(watch, options, laps):
             moved.append(image.flip(2) if torch.rand(()) < 0.5 else image)
         return normalize(torch.stack(moved), data).contiguous()
     hooks = [layer.register_forward_pre_hook(measure) for layer in batchnorms(teacher)]
-    classifier, best = last_linear(student), 1e6
+    classifier, best, best_pixels = last_linear(student), 1e6, None
     with recorded_inputs([classifier, student.last_map, teacher.last_map]) as seen:
         watch.start()
         student.eval()
@@ -158,7 +158,7 @@ def csd_authors(watch, options, laps):
             loss = (F.cross_entropy(logits, targets) + sum(distances.values())
                     + 10 * csd.csd_loss(head(seen[classifier]), csd.rotation_labels(targets)))
             if loss.item() < best:
-                best, kept = loss.item(), pixels.detach().clone()
+                best, best_pixels = loss.item(), pixels.detach().clone()
             optimizer_g.zero_grad()
             loss.backward()
             optimizer_g.step()

@@ -246,7 +246,7 @@ BAD_FLAGS = [
     ("--epochs -3", "must be above 0"), ("--batch-size 0", "must be above 0"), ("--bank-rounds 0", "must be above 0"), ("--epochs ten", "invalid"),
     ("--epochs 1.5", "invalid"), ("--temperature 0", "must be above 0"), ("--csd -1", "must be at least 0"), ("--lr-student nan", "must be above 0"),
     ("--seed -1", "must be at least 0"), ("--eval-every 0", "must be above 0"), ("--threads 0", "must be above 0"), ("--precision fp16", "invalid choice"),
-    ("--resume", "--resume needs --out"), ("--teacher nowhere/t.pt", "no teacher file"), ("--dataset none", "needs a --teacher"),
+    ("--resume", "--resume needs --out"), ("--teacher nowhere/t.pt", "no teacher file"), ("--dataset none", "needs a --teacher file"), ("--dataset none --teacher torchvision:resnet18", "needs a --teacher file"),
     ("--no-such-flag 1", "unrecognized"), ("--device tpu", "unknown device"), ("--device cuda:99", "no device"),
     ("--device cpu --precision tf32", "for CUDA"), ("--device cpu --compile", "for CUDA"), ("--dataset folder:nowhere --preset cifar10", "one folder a class")]
 
@@ -264,7 +264,7 @@ def test_help_names_every_presets_value(capsys):
     with pytest.raises(SystemExit) as stop:
         csd.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "cifar10-short" in text and "digits 110" in text
+    assert stop.value.code == 0 and "cifar10-short" in text and "digits 180" in text
 
 
 def test_missing_cifar10_says_what_to_type(in_tmp, capsys, monkeypatch):

@@ -86,6 +86,7 @@ def test_a_bank_of_other_settings_or_of_another_teacher_is_never_overwritten(csd
         with pytest.raises(SystemExit) as stop:
             csd.main([*csd_args, *changes])
         assert stop.value.code == 2 and message in capsys.readouterr().err and bank.read_bytes() == before
+    assert len(list((in_tmp / "runs").iterdir())) == 1         # a refused command leaves no folder
     csd.main([*csd_args, "--oh", "2", "--bank", "mine.pt"])
     assert (in_tmp / "mine.pt").exists() and bank.read_bytes() == before
     content = torch.load("checkpoints/toy.pt", weights_only=True)
