@@ -1,43 +1,66 @@
 """The README's results, made from the committed logs and nothing else.     python benchmarks/table.py
 
-A log belongs to a row when method, data set, preset, teacher and student agree. Every seed that is there is counted.
+Runs are one row when method, data set, teacher, student and all settings agree; every seed whose log is there is counted.
 """
+import importlib
 import json
 import statistics
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def spread(values, digits=2, scale=100):
+def spread(values, scale=100):
     """'96.11 ± 0.32' of fractions, in percent; the standard deviation is the sample's."""
     values = [scale * value for value in values]
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def changes(start):
+    """The flags in which a run differs from its preset, as they would be typed."""
+    arguments = start["arguments"]
+    preset = importlib.import_module(start["method"]).PRESETS[arguments["preset"]]
+    return " ".join(f"--{key.replace('_', '-')}" + ("" if arguments[key] is True else f" {arguments[key]:g}")
+                    for key, value in preset.items() if arguments[key] != value)
 
 
 def main():
+    logs = {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(RESULTS.glob("*.jsonl"))}
+    runs = {name: rows for name, rows in logs.items() if rows[0].get("event") == "start"}
     groups = {}
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        if rows[0].get("event") != "start":
-            continue
-        start, end = rows[0], rows[-1]
-        arguments = start["arguments"]
-        key = (start["method"], arguments["dataset"], arguments["preset"], arguments["teacher"], arguments["student"])
-        groups.setdefault(key, []).append((arguments["seed"], start, end, path.name))
-    print("| method | data set, preset | teacher → student | teacher | student, last epoch | best epoch, chosen on the test set | agreement "
-          "| calibration error | seconds a run | seeds | machine |")
+    for name, rows in runs.items():
+        arguments = rows[0]["arguments"]
+        key = (rows[0]["method"], arguments["preset"], changes(rows[0]), arguments["teacher"], arguments["student"])
+        groups.setdefault(key, []).append((arguments["seed"], rows))
+    print("| method, preset | flags | teacher → student | teacher | **student, last epoch** | best epoch, chosen on the test set | "
+          "agreement with the teacher | calibration error | labels the teacher agrees with | seconds | seeds |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for (method, dataset, preset, teacher, student), runs in groups.items():
-        ends = [end for _, _, end, _ in runs]
-        name = preset if preset == dataset else f"{dataset}, {preset}"
-        print(f"| {method} | {name} | {teacher} → {student} | {spread([ends[0]['teacher_acc']])} | "
+    for (method, preset, flags, teacher, student), found in sorted(groups.items()):
+        ends, last = [rows[-1] for _, rows in found], [rows[-2] for _, rows in found]
+        print(f"| {method}, {preset} | {f'`{flags}`' if flags else '-'} | {teacher} → {student} | {spread([ends[0]['teacher_acc']])} | "
               f"**{spread([end['student_acc_last'] for end in ends])}** | {spread([end['student_acc_best'] for end in ends])} | "
               f"{spread([end['agreement'] for end in ends])} | {spread([end['ece'] for end in ends])} | "
-              f"{statistics.mean(end['seconds'] for end in ends):.0f} | {', '.join(str(seed) for seed, *_ in sorted(runs, key=lambda run: run[0]))} | "
-              f"{runs[0][1]['device']} |")
-    print("\nLogs: " + ", ".join(f"`benchmarks/results/{name}`" for runs in groups.values() for *_, name in runs) + ".")
+              f"{spread([row['target_acc'] for row in last])} | {statistics.mean(end['seconds'] for end in ends):.0f} | "
+              f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
+    machines = sorted({rows[0]["device"] for rows in runs.values()})
+    print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training.")
+    speeds = [row for rows in logs.values() for row in rows if row.get("variant") and "synthesis" in row]
+    if speeds:
+        print("\n| CSD steps, WRN-40-2 → WRN-16-1, 32x32 | synthesis, s | of the ceiling | distillation, s | of the ceiling | matrix products, GFLOP/s |")
+        print("|---|---|---|---|---|---|")
+        for row in speeds:
+            print(f"| {row['variant']} ({row['device']}, {row['precision']}) | {row['synthesis']['seconds']:.2f} | {row['synthesis']['fraction']:.2f} | "
+                  f"{row['distillation']['seconds']:.2f} | {row['distillation']['fraction']:.2f} | {row['ceiling_gflops']:.0f} |")
+    layers = [row for rows in logs.values() for row in rows if row.get("variant") == "frozen_batchnorm"]
+    if layers:
+        print("\n| milliseconds, forward and backward, channels_last | conv 3x3 | PyTorch's BN, eval | with statistics | here: BN | with statistics |")
+        print("|---|---|---|---|---|---|")
+        for row in layers:
+            print(f"| {tuple(row['shape'])} | {row['conv']} | {row['torch_bn']} | {row['torch_bn_statistics']} | {row['here_bn']} | "
+                  f"{row['here_bn_statistics']} |")
+    print("\nLogs: " + ", ".join(f"[`{name}`](benchmarks/results/{name})" for name in logs) + ".")
 
 
 if __name__ == "__main__":
