@@ -132,11 +132,11 @@ def _read_torchvision(name, train, data_dir):
 
 
 def _read_folder(name, train, device):
-    path, _, size = name.removeprefix("folder:").partition("@")
+    path, _, size = name.removeprefix("folder:").rpartition("@") if re.search(r"@\d+$", name) else (name.removeprefix("folder:"), "", "")
     root = Path(path) / ("train" if train else "test")
     if not root.is_dir():
         raise BadInput(f"'{name}' needs the folder {root} with one folder a class in it; {NO_DOWNLOAD}")
-    if size and not (size.isdecimal() and 1 <= int(size) <= 1024):
+    if size and not 1 <= int(size) <= 1024:
         raise BadInput(f"'{name}': the size after @ must be 1 to 1024 pixels")
 
     def read(root):
@@ -148,6 +148,8 @@ def _read_folder(name, train, device):
             return torch.stack([image for image, _ in found]), torch.tensor(found.targets), found.classes
         except FileNotFoundError as error:
             raise BadInput(f"{root} holds no class folders with images ({error})") from None
+        except OSError as error:
+            raise BadInput(f"{root} holds a file that is no whole image ({error})") from None
         except RuntimeError:
             raise BadInput(f"the images in {root} differ in size; give one, for example {name}@32") from None
     pixels, labels, classes = read(root)
@@ -161,8 +163,13 @@ def _read_folder(name, train, device):
     return ImageSet(pixels.to(device), labels.to(device)), data
 
 
+@functools.lru_cache
+def _on_device(values, device):
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
 def _per_channel(values, like):
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
+    return _on_device(tuple(values), like.device)            # kept: a copy from the host a step would make a GPU wait
 
 
 def normalize(pixels, data):
@@ -476,11 +483,28 @@ def last_map(model, name=""):
     return getattr(model, "last_map", None)
 
 
+def last_maps(teacher, student, data, settings):
+    """The layers whose inputs are the last maps of teacher and student, and the shapes of those maps, None if one is unknown.
+
+    Raises BadInput if a layer named in `settings` is not there, or if what it takes is no map.
+    """
+    layers = [last_map(teacher, getattr(settings, "teacher_last_map", "")), last_map(student, getattr(settings, "student_last_map", ""))]
+    if None in layers:
+        return *layers, None
+    images = torch.zeros(2, *data.image_shape, device=next(teacher.parameters()).device)
+    with torch.no_grad(), frozen(teacher, student), recorded_inputs(layers) as seen:
+        teacher(images), student(images)
+    shapes = [tuple(seen[layer].shape) if layer in seen else () for layer in layers]
+    if any(len(shape) != 4 for shape in shapes):
+        raise BadInput(f"the last maps must be (N, C, H, W), but the layers named take {shapes[0]} and {shapes[1]}")
+    return *layers, shapes
+
+
 class _FrozenBatchNorm(torch.autograd.Function):
     """Eval-mode BN as the affine map that it is, plus the batch mean and variance of its input, in one backward pass.
 
-    Why not nn.BatchNorm2d and torch.var_mean: on a CPU in channels_last, for a map of (200, 32, 32, 32), eval-mode BN took
-    112 ms forward and backward and var_mean 70 ms; both together take about 15 ms here, on the same numbers.
+    Why not nn.BatchNorm2d and torch.var_mean: on a CPU in channels_last, for a map of (200, 32, 32, 32), both together took
+    191 ms forward and backward, and 14 ms here, on the same numbers (benchmarks/results/frozen-batchnorm.jsonl).
     """
     @staticmethod
     def forward(ctx, x, scale, shift, with_statistics):
@@ -536,7 +560,7 @@ def _replaced_forwards(modules, seen):
 
 @contextlib.contextmanager
 def frozen(*models):
-    """Inside: eval mode, no weight gradients (a third less backward), BN as an affine map. Afterwards: all as before."""
+    """Inside: eval mode, no weight gradients (a third of a step's work), BN as an affine map. Afterwards: all as before."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     try:
@@ -658,6 +682,23 @@ class Means:
     def load_state_dict(self, state):
         self.sums.copy_(state["sums"])
         self.count = state["count"]
+
+
+def newest_by_class(pixels, labels, num_classes, each=8):
+    """The latest `each` of uint8 pixels (M, C, H, W) in every class, black where there are fewer.   -> (K, each, C, H, W)"""
+    shown = pixels.new_zeros(num_classes, each, *pixels.shape[1:])
+    for label in range(num_classes):
+        found = (labels[:len(pixels)] == label).nonzero()[-each:, 0]
+        shown[label, :len(found)] = pixels[found]
+    return shown
+
+
+def report_collapse(run, pixels, **where):
+    """A row of its own when the images of a batch, in [0, 1], are one image: 2 or 3 of 255 grey levels apart. -> their deviation"""
+    pixel_std = pixels.std(0, correction=0).mean().item()
+    if pixel_std < 0.01:
+        run.report(event="collapse", **where, pixel_std=pixel_std, text=f"{where}: the generator collapsed, its images hardly differ")
+    return pixel_std
 
 
 def steps(state, name, total, run=None):

@@ -1,10 +1,11 @@
 """run.py: what only `main()` needs. Teachers on demand, flags and presets, the run folder, checkpoints, exact resume.
 
-A run folder holds log.jsonl (one JSON object a line), samples.png, student.pt, checkpoint.pt and the one before it. Every
-file is written to a temporary name and renamed, so that a kill at any moment leaves the old one or the new one, whole.
-Nobody who copies a loss or a `distill` needs this file: `run=None` works.
+A run folder holds log.jsonl (one JSON object a line, appended), samples.png, student.pt, checkpoint.pt and checkpoint.prev.pt.
+Every file but the log is written under a temporary name and renamed: a kill at any moment leaves a whole one. A log that ran
+ahead of its checkpoint is cut back on resume. `distill` itself needs none of this: `run=None` works.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -82,7 +83,7 @@ class Progress:
         self.path, self.previous = Path(path), Path(path).with_name(Path(path).stem + ".prev.pt")
         self.identity, self.rows, self.run, self.state = {"format": RUN_FORMAT, **identity}, [], run, {}
         self.began = self.saved_at = time.monotonic()
-        self.seconds_before = 0.0
+        self.seconds_before, self.whole = 0.0, False     # whole: the file at `path` was read or written whole by this process
 
     def load(self):
         """The newest readable checkpoint of this identity; None if there is no checkpoint at all."""
@@ -95,7 +96,8 @@ class Progress:
             except BadInput as error:
                 print(f"warning: {error}; trying the one before it", file=sys.stderr)
                 continue
-            require_same(saved["identity"], self.identity, path, "type the same settings as then, or start anew elsewhere")
+            require_same(saved["identity"], self.identity, path, "type the same settings as then, or start anew elsewhere, or move it away")
+            self.whole = path == self.path
             return saved
         if found:
             raise BadInput(f"no readable checkpoint is left in {self.path.parent}; start anew in another folder")
@@ -118,7 +120,7 @@ class Progress:
             else:
                 state[key] = value
         torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] and torch.cuda.is_available():
+        if saved["cuda_rng"] and len(saved["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
         self.rows[:], self.seconds_before, Progress.last_saved = saved["rows"], saved["seconds"], self.path
         if self.run:
@@ -140,10 +142,11 @@ class Progress:
                   else value.detach() if torch.is_tensor(value) else value for key, value in state.items()}
         content = dict(identity=self.identity, state=packed, rows=self.rows, seconds=self.seconds(), rng=torch.get_rng_state(),
                        cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
-        if self.path.exists():
-            os.replace(self.path, self.previous)
+        if self.whole:                         # a damaged file must not push out the good one before it
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.path, self.previous)
         write_atomically(self.path, lambda file: torch.save(content, file))
-        self.saved_at, Progress.last_saved = time.monotonic(), self.path
+        self.saved_at, self.whole, Progress.last_saved = time.monotonic(), True, self.path
 
     def seconds(self):
         """Since the computation began, the pauses between its sessions left out."""
@@ -176,7 +179,7 @@ def command_line(main):
             if _signals:
                 raise KeyboardInterrupt        # a second Ctrl-C does not wait for the end of the step
             _signals.append(number)
-            print(" stopping at the end of this step; once more to stop at once", file=sys.stderr, flush=True)
+            os.write(2, b" stopping at the end of this step; once more to stop at once\n")      # print is not safe in a handler
         _signals.clear()
         Progress.last_saved = None
         before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -231,7 +234,8 @@ def train_teacher(arch, dataset, path, settings, device, recipe):
     state = dict(model=model, optimizer=optimizer, rng=rng, batches=Shuffled(rng), means=Means("loss", device=device), epoch=0,
                  training_step=0, seconds_training=0.0)
     print(f"training teacher {arch} on {dataset}: {recipe} -> {path}", flush=True)
-    keeper = Progress(path.with_suffix(".partial.pt"), dict(arch=arch, dataset=dataset, threads=settings.threads, **recipe))
+    keeper = Progress(path.with_suffix(".partial.pt"), dict(arch=arch, dataset=dataset, threads=settings.threads,
+                                                                  precision=settings.precision, **recipe))
     keeper.restore(state)
     for epoch in range(state["epoch"], recipe["epochs"]):
         set_lr(optimizer, cosine(recipe["lr"], epoch, recipe["epochs"]))
@@ -251,8 +255,9 @@ def train_teacher(arch, dataset, path, settings, device, recipe):
         if (epoch + 1) % max(1, recipe["epochs"] // 5) == 0:
             print(f"teacher epoch {epoch + 1:4d}/{recipe['epochs']}   loss {loss:.4f}   {keeper.seconds():.0f} s", flush=True)
     test_acc = accuracy(predict(model, test, data), test.labels)
-    save_classifier(path, model, arch, data, dataset, recipe=recipe, seed=0, test_acc=test_acc, seconds=keeper.seconds(),
-                    device=device_name(device), precision=settings.precision)
+    if not path.exists():      # another process may have trained the same teacher meanwhile; what is there is never replaced
+        save_classifier(path, model, arch, data, dataset, recipe=recipe, seed=0, test_acc=test_acc, seconds=keeper.seconds(),
+                        device=device_name(device), precision=settings.precision)
     keeper.forget()
 
 
@@ -299,7 +304,10 @@ def load_teacher(settings, device):
             recipe = recipe_of(wanted, settings.dataset)
             if not path.exists():
                 train_teacher(wanted, settings.dataset, path, settings, device, recipe)
-            found = read_classifier(path).get("recipe")
+            file = read_classifier(path)
+            found = file.get("recipe")
+            if file["dataset"] != settings.dataset:
+                raise BadInput(f"{path} was trained on {file['dataset']}, not on {settings.dataset}; move it away, or name a file")
             if found != recipe:
                 raise BadInput(f"{path} was trained with {found}, the recipe is {recipe}; to use that file as it is, type "
                                f"--teacher {path}; to train by the recipe, move it away")
@@ -317,15 +325,20 @@ def load_teacher(settings, device):
             if here != there:
                 raise BadInput(f"teacher {wanted} is for {what} {here}, data set '{settings.dataset}' has {there}; "
                                "name the data set that the teacher was trained on with --dataset")
+    check_answers(model, f"teacher {wanted}", data, device)
+    return Teacher(model.eval(), data, name, sha256)
+
+
+def check_answers(model, name, data, device):
+    """Raises BadInput unless the network turns images of this shape into finite logits (N, K)."""
     try:
         with torch.no_grad(), frozen(model):
             logits = model(torch.zeros(2, *data.image_shape, device=device))
         fits = logits.shape == (2, data.num_classes) and bool(logits.isfinite().all())
     except Exception as error:
-        raise BadInput(f"teacher {wanted} does not take images of shape {data.image_shape} ({error})") from None
+        raise BadInput(f"{name} does not take images of shape {data.image_shape} ({' '.join(str(error).split())[:160]})") from None
     if not fits:
-        raise BadInput(f"teacher {wanted} does not answer images of shape {data.image_shape} with finite logits (N, {data.num_classes})")
-    return Teacher(model.eval(), data, name, sha256)
+        raise BadInput(f"{name} does not answer images of shape {data.image_shape} with finite logits (N, {data.num_classes})")
 
 
 def teacher_path(dataset, arch):
@@ -357,10 +370,12 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(message + "; --help lists the flags")
 
 
-def _number(kind, positive):
-    """An argparse type: a finite int or float, above 0 if `positive`, else at least 0."""
+def _number(kind, positive, below=math.inf):
+    """An argparse type: a finite int or float, above 0 if `positive`, else at least 0, and under `below`."""
     def convert(text):
         value = kind(text)
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"must be under {below}, not {text}")
         if not math.isfinite(value) or value < 0 or (positive and value == 0):
             raise argparse.ArgumentTypeError(f"must be {'above' if positive else 'at least'} 0, not {text}")
         return value
@@ -389,7 +404,7 @@ def read_settings(argv, method, doc, presets, flags, own=None):
     parser.add_argument("--preset", help=f"{', '.join(presets)} [by data set and pair]")
     parser.add_argument("--out", help=f"run folder [the next free runs/{method}-DATASET-001]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; repeat its other flags")
-    parser.add_argument("--seed", type=_number(int, False), default=0, help="of student and synthesis; a teacher's is always 0 [0]")
+    parser.add_argument("--seed", type=_number(int, False, 2 ** 32), default=0, help="of student and synthesis; a teacher's is always 0 [0]")
     parser.add_argument("--eval-every", type=_number(int, True), default=1, help="epochs between evaluations [1]")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the networks (CUDA)")
     parser.add_argument("--teacher-last-map", default="", help="layer whose input is the last feature map, for a foreign teacher")
@@ -424,7 +439,7 @@ def read_settings(argv, method, doc, presets, flags, own=None):
     exact = f"{numbers_of}-{file.get('arch', args.teacher)}-{args.student}"
     args.preset = args.preset or (exact if exact in presets else numbers_of)
     if args.preset not in presets:
-        raise BadInput(f"{method} has no preset for data set '{numbers_of}'; take the numbers of another with --preset: {', '.join(presets)}")
+        raise BadInput(f"{method} has no preset for data set '{numbers_of}'; take another's numbers with --preset: {', '.join(presets)}")
     for name, value in presets[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -479,26 +494,29 @@ class Run(Progress):
         device = set_up_device(settings)
         self.settings, self.device, self.method = settings, device, method
         self._check_folder()
-        self.test = None if settings.dataset == "none" else load_dataset(settings.dataset, False, settings.data_dir, device)[0]
-        self.teacher = load_teacher(settings, device)
-        self.data = self.teacher.data
-        with seeded(settings.seed):
+        self.test, self.data = None, None
+        if settings.dataset == "none":
+            self.data = DataSpec(**read_classifier(settings.teacher)["data"])
+        else:
+            self.test, self.data = load_dataset(settings.dataset, False, settings.data_dir, device)
+        with seeded(settings.seed):                          # before the teacher, whose training may take hours
             self.student = build_model(settings.student, self.data.num_classes, self.data.image_shape)
         self.student.to(device, memory_format=torch.channels_last)
+        check_answers(self.student, f"student {settings.student}", self.data, device)
+        self.teacher = load_teacher(settings, device)
+        self.data = self.teacher.data
         if settings.compile:
             compile_networks(self.teacher.model, self.student)
         may_differ = ("device", "data_dir", "out", "resume", "teacher")
         identity = {key: value for key, value in vars(settings).items() if key not in may_differ}
         super().__init__(Path(settings.out or "runs", "checkpoint.pt"), dict(method=method, teacher_sha256=self.teacher.sha256, **identity))
         found = self.load() if settings.resume else None
-        if found and found["rows"][-1]["event"] == "end":
-            raise BadInput(f"the run in {settings.out} is finished; its last line: {json.dumps(found['rows'][-1])}")
         self.teacher_logits = predict(self.teacher.model, self.test, self.data) if self.test else None
         self.teacher_acc = accuracy(self.teacher_logits, self.test.labels) if self.test else None
         self.folder, self.columns, self.resumes = None, None, found is not None
 
-    def _begin(self):
-        """Make the folder and write the first row; called by the first row or the first state, when nothing can be refused any more."""
+    def begin(self):
+        """Make the folder, print and log what holds. Comes by itself with the first row or state, if nobody calls it before."""
         self.folder = self._make_folder()
         self.path, self.previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.prev.pt"
         first = dict(event="resume" if self.resumes else "start", method=self.method, arguments=dict(vars(self.settings)),
@@ -509,13 +527,22 @@ class Run(Progress):
               f"{first['device']}; {self.folder}", flush=True)
         self.resume_row = first if self.resumes else None    # a resumed log waits for the state, which knows its rows
         if not self.resumes:
-            (self.folder / "log.jsonl").unlink(missing_ok=True)
+            log = self.folder / "log.jsonl"
+            if self.settings.resume:                         # nothing was saved yet: from the beginning
+                log.unlink(missing_ok=True)
+            try:
+                open(log, "x").close()
+            except FileExistsError:
+                raise BadInput(f"{self.folder} holds a run already, begun a moment ago; name another folder") from None
             self.report(**first)
 
     def _check_folder(self):
         out = self.settings.out
-        if out and not self.settings.resume and any(Path(out, name).exists() for name in ("log.jsonl", "checkpoint.pt", "checkpoint.prev.pt")):
+        if out and not self.settings.resume and any(
+                Path(out, name).exists() for name in ("log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "student.pt", "samples.png")):
             raise BadInput(f"{out} holds a run already; name another folder, or go on with it by --resume")
+        if out and Path(out, "log.jsonl").is_file() and '"event": "end"' in Path(out, "log.jsonl").read_text():
+            raise BadInput(f"the run in {out} is finished; its result is the last line of {Path(out, 'log.jsonl')}")
         folder = Path(out or "runs").absolute()
         while not folder.exists():
             folder = folder.parent
@@ -537,7 +564,7 @@ class Run(Progress):
 
     def restore(self, state):
         if self.folder is None:
-            self._begin()
+            self.begin()
         super().restore(state)
         if self.resume_row:                                  # the log becomes what it was at the checkpoint, plus this row
             resume_row, self.resume_row = self.resume_row, None
@@ -546,13 +573,14 @@ class Run(Progress):
             self.report(**resume_row)
 
     def replay(self, rows):
-        """Log rows that an earlier stage reported once, when its result was made."""
+        """Log rows that an earlier stage reported once, when its result was made; its seconds count as this run's."""
         for row in rows:
+            self.seconds_before += sum(value for key, value in row.items() if key.startswith("seconds_"))
             self._log(row)
 
     def _log(self, row):
         if self.folder is None:
-            self._begin()
+            self.begin()
         if self.resume_row is None:                          # else the checkpoint's own rows hold it
             self.rows.append(row)
             with open(self.folder / "log.jsonl", "a") as file:
@@ -584,10 +612,11 @@ class Run(Progress):
     def _print(self, row):
         """One aligned line; the names again whenever they change. Zeros (terms that are off) and counters are in the log only."""
         seconds = sum(value for key, value in row.items() if key.startswith("seconds_"))
+        self.terms = {key.removeprefix("loss_") for key in row if key.startswith("loss_")}
         row = {key.removeprefix("loss_"): value for key, value in {**row, "seconds": round(seconds, 1)}.items() if key not in
                ("event", "images_synthesized", "student_steps", "teacher_queries") and not key.startswith("seconds_")}
         if not self.columns or row.keys() != self.columns[0]:
-            self.columns = row.keys(), [key for key in row if row[key] != 0 or key in ("epoch", "round")]
+            self.columns = row.keys(), [key for key in row if row[key] != 0 or key not in self.terms]
             print(" ".join(f"{key:>{max(8, len(key))}s}" for key in self.columns[1]))
         print(" ".join(f"{_shown(row[key]):>{max(8, len(key))}s}" for key in self.columns[1]), flush=True)
 

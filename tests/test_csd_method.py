@@ -221,8 +221,8 @@ def test_bank_counts_shows_and_saves_only_what_is_new():
     bank = bank.with_room(2)
     bank.add(torch.ones(2, 1, 2, 2), torch.tensor([1, 1]))
     state = bank.state_dict()
-    assert len(state["labels"]) == 2 and state["kept_elsewhere"] == 4
-    shown = bank.newest_by_class(3, each=3)
+    assert len(state["labels"]) == 2
+    shown = common.newest_by_class(bank.pixels, bank.labels, 3, each=3)
     assert shown.shape == (3, 3, 1, 2, 2) and shown[1, -1].min() == 255 and shown[2].max() == 0
     pixels, labels = bank.take(torch.tensor([5, 0]))
     assert pixels[0].min() == 1.0 and labels.tolist() == [1, 0] and pixels.dtype == torch.float32
@@ -230,6 +230,9 @@ def test_bank_counts_shows_and_saves_only_what_is_new():
     other.add(bank.pixels[:4], bank.labels[:4])
     other = other.with_room(2)
     other.load_state_dict(state)
+    state["sha256"] = "another bank"
+    with pytest.raises(common.BadInput, match="stage-1 bank is not the one"):
+        other.load_state_dict(state)
     assert torch.equal(other.pixels, bank.pixels) and torch.equal(other.labels, bank.labels) and other.count == 6
 
 
@@ -268,7 +271,7 @@ def test_networks_have_the_published_sizes_and_the_right_range():
     assert pixels.shape == (4, 1, 8, 8) and 0 < pixels.min() and pixels.max() < 1
     assert torch.allclose(csd.AuxiliaryHead(64, 10)(torch.randn(3, 64)).norm(dim=1), torch.ones(3))
     assert csd.Regressor(8, 16, 4)(torch.randn(2, 8, 8, 8)).shape == (2, 16, 4, 4)
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(common.BadInput, match="multiple of 4"):
         csd.Generator(6, (1, 10, 10))
 
 

@@ -243,6 +243,7 @@ def test_every_flag_is_read_and_every_setting_has_one():
     sources = "".join((ROOT / name).read_text() for name in ("csd.py", "run.py", "common.py"))
     settings = vars(run.read_settings(["--dataset", "digits"], "csd", csd.__doc__, csd.PRESETS, csd.FLAGS, {"bank": "file"}))
     by_name = set(re.findall(r'getattr\(settings, "(\w+)"', sources)) | set(re.findall(r"settings\.(\w+)", sources))
+    by_name |= set(re.findall(r"presets\[args\.(preset)\]", sources))
     listed = re.search(r"stage = \{key.*?\}", sources, re.S)[0]
     for name in settings:
         assert name in by_name or f'"{name}"' in listed, name
