@@ -16,8 +16,7 @@ the head is fitted anew on the bank in every round, so that the difficulty follo
 
 Run    python csd.py --dataset digits      seeds 0-4, last epoch: student 95.94 ± 0.93 %, teacher 98.89 %, 131 s a run after the
                                            teacher's half minute, two CPU threads (benchmarks/results/csd-digits-seed*.jsonl)
-       python csd.py --teacher resnet34 --student resnet18      CIFAR-10, the authors' numbers: 220,000 generator steps, 200,000
-                                                                student steps, for a GPU. Not run here, so no number here.
+       python csd.py --teacher resnet34 --student resnet18      CIFAR-10, the authors' numbers, for a GPU; not run, no number here
 Copy   kd_loss, feature_loss, one_hot_loss, bn_loss, csd_loss, adversarial_loss, auxiliary_loss, rotations, rotation_labels,
        Generator, AuxiliaryHead, Regressor, ImageBank, synthesize_bank, distill
 Letters   N batch, K classes, C H W image, D student features, L latent; the last maps are (N, C_s, h, w) and (N, C_t, h', w').
@@ -88,7 +87,7 @@ def one_hot_loss(teacher_logits, targets):
 
 
 def bn_loss(statistics, running):
-    """Σ over BN layers of ‖var - running_var‖₂ + ‖mean - running_mean‖₂ [code].   Two lists of (mean, var), each (channels,) -> ()
+    """Σ over BN layers ‖var - running_var‖₂ + ‖mean - running_mean‖₂ [code].   Two lists of (mean, var), (channels,) each -> ()
 
     At least 0. The running statistics are the one trace of its data that a teacher keeps besides its weights. Plain norms, not
     squared; every layer weighs the same. Of a BN layer's input x:   var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
@@ -135,7 +134,7 @@ def rotation_labels(labels):
 
 # ------------------------------------------------------------------------------------------------------------ networks
 class Generator(nn.Module):
-    """Latents (N, L) -> pixels (N, C, H, W) in (0, 1) [code]. At 32x32 with L = 256: 2,328,899 parameters. Always in train mode."""
+    """Latents (N, L) -> pixels (N, C, H, W) in (0, 1) [code]. 32x32, L = 256: 2,328,899 parameters. Always in train mode."""
     def __init__(self, latent_dim, image_shape):
         super().__init__()
         channels, height, width = image_shape
@@ -343,7 +342,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     if run:
         run.restore(state)
         if settings.feature and not use_feature:
-            run.report(event="note", text="the feature term is off: a last map is unknown; name it with --teacher-last-map, --student-last-map")
+            run.report(event="note", text="the feature term is off: name the last maps, --teacher-last-map, --student-last-map")
         if settings.bn and not batchnorms(teacher):
             run.report(event="note", text="the BN term is off: the teacher has no BatchNorm")
     nothing = torch.zeros((), device=device)
@@ -413,8 +412,8 @@ def distill(teacher, student, data, settings, run=None, bank=None):
         means = {**state["synthesis_means"].take(), **state["student_means"].take()}
         state.update(epoch=epoch + 1, synthesis_step=0, distillation_step=0)
         if run:
-            pixel_std = report_collapse(run, state["best_pixels"], epoch=epoch)
-            run.report(epoch=epoch, **means, pixel_std=pixel_std, samples=newest_by_class(bank.pixels[:bank.count], bank.labels, data.num_classes))
+            samples = newest_by_class(bank.pixels[:bank.count], bank.labels, data.num_classes)
+            run.report(epoch=epoch, **means, pixel_std=report_collapse(run, state["best_pixels"], epoch=epoch), samples=samples)
     return bank
 
 
@@ -482,7 +481,7 @@ def stored_bank(run, settings):
         keeper.load()                                          # refuses a half-made bank of other settings
         run.begin()
         bank = synthesize_bank(run.teacher.model, run.data, settings, keeper)
-        content = dict(made_with=made_with, pixels=bank.pixels, labels=bank.labels, teacher_queries=bank.teacher_queries, rows=keeper.rows)
+        content = dict(made_with=made_with, rows=keeper.rows, pixels=bank.pixels, labels=bank.labels, teacher_queries=bank.teacher_queries)
         if not path.exists():                                  # another process may have made the same one meanwhile
             write_atomically(path, lambda file: torch.save(content, file))
         keeper.forget()
@@ -491,7 +490,7 @@ def stored_bank(run, settings):
 
 @command_line
 def main(argv=None):
-    settings = read_settings(argv, "csd", __doc__, PRESETS, FLAGS, {"bank": "file of the stage-1 bank [checkpoints/TEACHER.bank-seedN.pt]"})
+    settings = read_settings(argv, "csd", __doc__, PRESETS, FLAGS, {"bank": "stage 1's file [checkpoints/TEACHER.bank-seedN.pt]"})
     run = Run("csd", settings)
     distill(run.teacher.model, run.student, run.data, settings, run, stored_bank(run, settings))
     run.finish()

@@ -96,7 +96,7 @@ class Progress:
             except BadInput as error:
                 print(f"warning: {error}; trying the one before it", file=sys.stderr)
                 continue
-            require_same(saved["identity"], self.identity, path, "type the same settings as then, or start anew elsewhere, or move it away")
+            require_same(saved["identity"], self.identity, path, "type the settings of then, or start anew elsewhere, or move it away")
             self.whole = path == self.path
             return saved
         if found:
@@ -398,13 +398,13 @@ def read_settings(argv, method, doc, presets, flags, own=None):
     flags that hold a text and are no part of a preset.
     """
     parser = _Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--teacher", help="model name (trained if need be), file, torchvision:NAME or module:function [data set's pair]")
+    parser.add_argument("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [the set's pair]")
     parser.add_argument("--student", help="model name, torchvision:NAME or module:function [the data set's pair]")
     parser.add_argument("--dataset", help=f"{dataset_names()} [cifar10]")
     parser.add_argument("--preset", help=f"{', '.join(presets)} [by data set and pair]")
     parser.add_argument("--out", help=f"run folder [the next free runs/{method}-DATASET-001]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out; repeat its other flags")
-    parser.add_argument("--seed", type=_number(int, False, 2 ** 32), default=0, help="of student and synthesis; a teacher's is always 0 [0]")
+    parser.add_argument("--seed", type=_number(int, False, 2 ** 32), default=0, help="of student and synthesis; the teacher's is 0 [0]")
     parser.add_argument("--eval-every", type=_number(int, True), default=1, help="epochs between evaluations [1]")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the networks (CUDA)")
     parser.add_argument("--teacher-last-map", default="", help="layer whose input is the last feature map, for a foreign teacher")
@@ -509,7 +509,8 @@ class Run(Progress):
             compile_networks(self.teacher.model, self.student)
         may_differ = ("device", "data_dir", "out", "resume", "teacher")
         identity = {key: value for key, value in vars(settings).items() if key not in may_differ}
-        super().__init__(Path(settings.out or "runs", "checkpoint.pt"), dict(method=method, teacher_sha256=self.teacher.sha256, **identity))
+        identity.update(method=method, teacher_sha256=self.teacher.sha256)
+        super().__init__(Path(settings.out or "runs", "checkpoint.pt"), identity)
         found = self.load() if settings.resume else None
         self.teacher_logits = predict(self.teacher.model, self.test, self.data) if self.test else None
         self.teacher_acc = accuracy(self.teacher_logits, self.test.labels) if self.test else None
@@ -520,7 +521,8 @@ class Run(Progress):
         self.folder = self._make_folder()
         self.path, self.previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.prev.pt"
         first = dict(event="resume" if self.resumes else "start", method=self.method, arguments=dict(vars(self.settings)),
-                     versions=versions(), device=device_name(self.device), teacher_sha256=self.teacher.sha256, teacher_acc=self.teacher_acc)
+                     versions=versions(), device=device_name(self.device), teacher_sha256=self.teacher.sha256,
+                     teacher_acc=self.teacher_acc)
         print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted(vars(self.settings).items()) if value not in ("", None)),
                             118, initial_indent=f"{self.method}: ", subsequent_indent="    "))
         print(f"teacher {self.teacher.name}: test accuracy {_shown(self.teacher_acc)}; student {self.settings.student}; "
@@ -640,7 +642,9 @@ class Run(Progress):
 
 def _shown(value):
     """For the screen: '-' for None, four digits after the point, fewer for large numbers."""
-    return "-" if value is None else str(value) if not isinstance(value, float) else f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+    return "-" if value is None else str(value)
 
 
 def compile_networks(*models, backend="inductor"):

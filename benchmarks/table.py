@@ -39,13 +39,14 @@ def main():
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for (method, preset, flags, teacher, student), found in sorted(groups.items()):
         ends, last = [rows[-1] for _, rows in found], [rows[-2] for _, rows in found]
+        seconds = "-" if flags else round(statistics.mean(end["seconds"] for end in ends))
         print(f"| {method}, {preset} | {f'`{flags}`' if flags else '-'} | {teacher} → {student} | {spread([ends[0]['teacher_acc']])} | "
               f"**{spread([end['student_acc_last'] for end in ends])}** | {spread([end['student_acc_best'] for end in ends])} | "
               f"{spread([end['agreement'] for end in ends])} | {spread([end['ece'] for end in ends])} | "
-              f"{spread([row['target_acc'] for row in last])} | {'-' if flags else f"{statistics.mean(end['seconds'] for end in ends):.0f}"} | "
+              f"{spread([row['target_acc'] for row in last])} | {seconds} | "
               f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
     machines = sorted({rows[0]["device"] for rows in runs.values()})
-    print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\nwhich takes half a minute; those of the ablations are left out: they ran beside other work and reuse the preset's bank.")
+    print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\nwhich takes half a minute; those of the ablations are left out: some reuse the preset's bank, one ran beside the tests.")
     speeds = [row for rows in logs.values() for row in rows if row.get("variant") and "synthesis" in row]
     if speeds:
         print("\n| CSD steps, WRN-40-2 → WRN-16-1, 32x32 | synthesis, s | of the ceiling | distillation, s | of the ceiling | matrix products, GFLOP/s |")

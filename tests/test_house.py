@@ -14,7 +14,7 @@ import csd
 from conftest import ROOT
 
 METHODS = {"csd": (csd, 500)}          # method files and the most lines that each may have
-LIMITS = {"common": 750, "run": 700, **{name: limit for name, (_, limit) in METHODS.items()}}
+LIMITS = {"common": 750, "run": 750, **{name: limit for name, (_, limit) in METHODS.items()}}
 
 
 def tree_of(name):
@@ -124,6 +124,14 @@ def test_the_readmes_results_come_from_the_committed_logs():
     block = re.search(r"<!-- results: python benchmarks/table.py -->\n(.*?)<!-- end -->", text, re.S)[1]
     printed = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "table.py")], capture_output=True, text=True, check=True).stdout
     assert block.strip() == printed.strip()
+
+
+def test_the_docstrings_figures_are_in_the_readmes_table():
+    table = (ROOT / "README.md").read_text()
+    for module, _ in METHODS.values():
+        said = re.search(r"^Run(.*?)^Copy", module.__doc__, re.S | re.M)[1]
+        figures = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", said)
+        assert figures and all(figure in table for figure in figures), figures
 
 
 def test_the_methods_table_lists_the_files_that_are_there():
