@@ -326,7 +326,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     use_feature = bool(settings.feature and map_shapes)
     classifier = last_linear(student)                                  # its input is the feature vector (N, D)
     with seeded(settings.seed):
-        rng = torch.Generator(device).manual_seed(settings.seed + 1)   # not stage 1's stream: other latents, other classes
+        rng = torch.Generator(device).manual_seed(settings.seed + 1)   # not stage 1's stream (but that of the next seed's stage 1)
         synthesis = synthesis_state(data, settings, device, rng)
         head = AuxiliaryHead(classifier.in_features, data.num_classes, settings.raw_head).to(device)
         regressor = Regressor(map_shapes[1][1], *map_shapes[0][1:3]) if use_feature else nn.Identity()      # C_s, C_t, h'
@@ -340,11 +340,11 @@ def distill(teacher, student, data, settings, run=None, bank=None):
                  batches=Shuffled(rng), **synthesis)
     state.update(images_synthesized=bank.count, teacher_queries=bank.teacher_queries)
     if run:
-        run.restore(state)
         if settings.feature and not use_feature:
             run.report(event="note", text="the feature term is off: name the last maps, --teacher-last-map, --student-last-map")
         if settings.bn and not batchnorms(teacher):
             run.report(event="note", text="the BN term is off: the teacher has no BatchNorm")
+        run.restore(state)
     nothing = torch.zeros((), device=device)
 
     def hardness(images, teacher_logits):

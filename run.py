@@ -160,8 +160,8 @@ class Progress:
         return row
 
     def report(self, **row):
-        """Keep one row, with the counters; a run that waits for this computation logs it too."""
-        self.rows.append({**row, **self.counters()})
+        """Keep one row, a bank's with the counters; a run that waits for this computation logs it too."""
+        self.rows.append({**row, **self.counters()} if row.get("event") == "bank" else row)
         if self.run:
             self.run.report(**self.rows[-1])
 
@@ -528,6 +528,8 @@ class Run(Progress):
         print(f"teacher {self.teacher.name}: test accuracy {_shown(self.teacher_acc)}; student {self.settings.student}; "
               f"{first['device']}; {self.folder}", flush=True)
         self.resume_row = first if self.resumes else None    # a resumed log waits for the state, which knows its rows
+        for leftover in self.folder.glob(".*.tmp"):          # of a session that was killed while it wrote
+            leftover.unlink()
         if not self.resumes:
             log = self.folder / "log.jsonl"
             if self.settings.resume:                         # nothing was saved yet: from the beginning
@@ -623,7 +625,11 @@ class Run(Progress):
         print(" ".join(f"{_shown(row[key]):>{max(8, len(key))}s}" for key in self.columns[1]), flush=True)
 
     def finish(self):
-        """Score the last epoch's student, write student.pt and the end row, print the result."""
+        """Score the last epoch's student, write the last checkpoint, student.pt and then the end row; print the result.
+
+        In this order: whoever is killed in between resumes from the checkpoint and ends the same; with the end row all is there.
+        """
+        self.save(self.state)
         epochs = [row for row in self.rows if row["event"] == "epoch"]
         scores = [row["student_acc"] for row in epochs if row["student_acc"] is not None]
         logits = predict(self.student, self.test, self.data) if self.test else None
@@ -634,7 +640,6 @@ class Run(Progress):
         save_classifier(self.folder / "student.pt", self.student, self.settings.student, self.data, self.settings.dataset,
                         test_acc=row["student_acc_last"], teacher_sha256=self.teacher.sha256, method=self.method)
         self._log(row)
-        self.save(self.state)
         print(f"last epoch: student {_shown(row['student_acc_last'])}, teacher {_shown(self.teacher_acc)}, agreement "
               f"{_shown(row['agreement'])}, calibration error {_shown(row['ece'])}, {row['seconds']:.0f} s   [best epoch, chosen on "
               f"the test set: {_shown(row['student_acc_best'])}]   {self.folder}", flush=True)

@@ -93,9 +93,11 @@ def test_a_teacher_that_is_not_from_common(batch_norm):
     csd.distill(ForeignTeacher(batch_norm), student, data, tiny_settings(), recorder)
     row = recorder.rows[-1]
     assert row["loss_feature"] == 0 and (row["loss_bn"] > 0) == batch_norm and row["loss_kd"] > 0
+    notes = [row["text"] for row in recorder.rows if row.get("event") == "note"]
     recorder = Recorder()
     csd.distill(ForeignTeacher(batch_norm), student, data, tiny_settings(teacher_last_map="pool"), recorder)
     assert recorder.rows[-1]["loss_feature"] > 0
+    assert len(notes) == 2 - batch_norm and "the feature term is off" in notes[0]
 
 
 def test_a_student_that_is_not_from_common_and_other_shapes():

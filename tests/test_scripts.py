@@ -154,8 +154,8 @@ def kill_at(monkeypatch, saves):
     monkeypatch.setattr(run.Progress, "save", save_then_die)
 
 
-# 2 bank rounds x 2 steps, then 2 epochs x (2 synthesis + 3 distillation steps): 14 ticks
-@pytest.mark.parametrize("saves", [[1], [2], [4], [5], [6], [7], [9], [10], [14], [3, 8, 12], list(range(1, 15))], ids=str)
+# 2 bank rounds x 2 steps, then 2 epochs x (2 synthesis + 3 distillation steps): 14 ticks, and the save at the end
+@pytest.mark.parametrize("saves", [[1], [2], [4], [5], [6], [7], [9], [10], [14], [15], [3, 8, 12], list(range(1, 16))], ids=str)
 def test_a_killed_run_ends_like_one_that_was_not(csd_args, in_tmp, monkeypatch, saves):
     csd.main([*csd_args, "--out", "straight", "--bank", "straight.pt"])
     kill_at(monkeypatch, saves)
@@ -166,6 +166,7 @@ def test_a_killed_run_ends_like_one_that_was_not(csd_args, in_tmp, monkeypatch, 
             csd.main([*args, "--resume"])                      # with no checkpoint yet it starts from the beginning
     csd.main([*args, "--resume"])
     monkeypatch.undo()
+    assert not list((in_tmp / "killed").glob(".*"))
     # the file name of the bank is the one thing in which the two commands differ
     assert_same_run(in_tmp / "straight", in_tmp / "killed")
     one, other = (torch.load(name, weights_only=True) for name in (in_tmp / "straight.pt", in_tmp / "killed.pt"))
@@ -207,12 +208,16 @@ def test_sigkill_and_sigterm_at_random_moments(csd_args, in_tmp):
             process.send_signal(signal.SIGTERM if stops % 3 == 2 else signal.SIGKILL)
             stops += 1
         process.communicate()
-        if process.returncode == 0:
-            break
+        log = in_tmp / "killed" / "log.jsonl"
+        if log.exists() and '"event": "end"' in log.read_text():
+            break                                              # it ended, perhaps a moment before the signal came
     else:
         subprocess.run(command("killed"), cwd=in_tmp, env=environment, check=True, capture_output=True)
     assert stops >= 2
     assert_same_run(in_tmp / "straight", in_tmp / "killed")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        subprocess.run(command("killed"), cwd=in_tmp, env=environment, check=True, capture_output=True, text=True)
+    assert refused.value.returncode == 2 and "is finished" in refused.value.stderr
 
 
 def commands_of_the_readme():
