@@ -311,3 +311,39 @@ def test_distill_on_a_gpu(precision):
     before = weights_of(student)
     csd.distill(teacher.cuda(), student.cuda(), data, tiny_settings(precision=precision))
     assert not same(before, student.cpu())
+
+
+@pytest.mark.parametrize("weight", ["kd", "ce", "feature"])
+def test_every_term_of_the_students_loss_reaches_the_student(weight):
+    """distill's own sum: a term that was dropped from it would make its weight change nothing."""
+    students = []
+    for changes in ({}, {weight: 0.0}):
+        teacher, student, data = tiny_networks()
+        csd.distill(teacher, student, data, tiny_settings(epochs=1, **changes))
+        students.append(weights_of(student))
+    assert not same(students[0], _module_of(students[1]))
+
+
+@pytest.mark.parametrize("weight", ["oh", "bn"])
+def test_every_term_of_the_generators_loss_reaches_the_images(weight):
+    banks = []
+    for changes in ({}, {weight: 0.0}):
+        teacher, _, data = tiny_networks()
+        banks.append(csd.synthesize_bank(teacher, data, tiny_settings(**changes)).pixels)
+    assert not torch.equal(*banks)
+
+
+def test_the_student_learns_from_this_teacher_and_not_from_itself():
+    """The same bank and seed, KL alone: another teacher gives another student, and the student is no teacher of its own."""
+    _, _, data = tiny_networks()
+    bank = csd.synthesize_bank(tiny_networks()[0], data, tiny_settings())
+    students = []
+    for shift in (0.0, 5.0):
+        teacher, student, _ = tiny_networks()
+        with torch.no_grad():
+            teacher.fc.bias[3] += shift
+        csd.distill(teacher, student, data, tiny_settings(epochs=1, csd=0.0, ce=0.0, feature=0.0, oh=0.0, bn=0.0, weight_decay=0.0), bank=bank)
+        students.append(weights_of(student))
+    untouched = weights_of(tiny_networks()[1])["fc.bias"]
+    assert torch.allclose(students[0]["fc.bias"], untouched, atol=0.5) and students[1]["fc.bias"].argmax() == 3
+    assert not same(students[0], _module_of(students[1]))
