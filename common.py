@@ -468,6 +468,16 @@ def last_linear(model):
     return found[-1]
 
 
+def first_linear(model):
+    """The first nn.Linear after the last nn.Conv2d; its input (N, D) is what the convolutions made of an image. LeNet-5: fc1."""
+    found = last_linear(model)
+    for module in reversed([module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]):
+        if isinstance(module, nn.Conv2d):
+            break
+        found = module
+    return found
+
+
 def batchnorms(model):
     """All nn.BatchNorm2d of a model with running statistics, in order of registration."""
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None]
@@ -693,11 +703,21 @@ def newest_by_class(pixels, labels, num_classes, each=8):
     return shown
 
 
-def report_collapse(run, pixels, **where):
-    """A row of its own when the images of a batch, in [0, 1], are one image: 2 or 3 of 255 grey levels apart. -> their deviation"""
-    pixel_std = pixels.std(0, correction=0).mean().item()
+def report_collapse(run, pixels, pseudo_labels=None, low_entropy_steps=0, **where):
+    """A row of its own when a batch, `pixels` in [0, 1], shows that its generator collapsed. -> the deviation between its images
+
+    One image (2 or 3 of 255 grey levels apart), one class for the teacher (`pseudo_labels`, (N,)), or the entropy of the batch's mean
+    prediction under half of log K for 50 steps on end: `low_entropy_steps`, which the caller counts.
+    """
+    pixel_std, found = pixels.std(0, correction=0).mean().item(), []
     if pixel_std < 0.01:
-        run.report(event="collapse", **where, pixel_std=pixel_std, text=f"{where}: the generator collapsed, its images hardly differ")
+        found.append("its images hardly differ")
+    if pseudo_labels is not None and len(set(pseudo_labels.tolist())) == 1:
+        found.append(f"the teacher sees a whole batch in class {pseudo_labels[0].item()}")
+    if low_entropy_steps >= 50:
+        found.append(f"the entropy of its classes is under half of the largest for {int(low_entropy_steps)} steps")
+    if found:
+        run.report(event="collapse", **where, pixel_std=pixel_std, text=f"{where}: the generator collapsed, {', '.join(found)}")
     return pixel_std
 
 

@@ -46,7 +46,6 @@ Where paper, authors' code and this file differ
 """
 import hashlib
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -55,7 +54,7 @@ from einops import rearrange
 
 from common import (BadInput, Means, Shuffled, augment, autocast, batchnorms, cosine, frozen, last_linear, last_maps, newest_by_class,
                     normalize, recorded_inputs, recorded_statistics, report_collapse, seeded, set_lr, steps)
-from run import Progress, Run, command_line, read_file, read_settings, require_same, write_atomically
+from run import Run, command_line, read_settings, stored_stage
 
 
 # ------------------------------------------------------------------------------------- losses: tensors in, scalar out
@@ -456,41 +455,30 @@ FLAGS = {
     "bank_rounds": "stage 1: batches made before the student's first step",
     "bank_synthesis_steps": "stage 1: generator steps a batch",
 }
+TEXT_FLAGS = {"bank": "stage 1's file [checkpoints/TEACHER.bank-seedN.pt]"}
+BANK_SETTINGS = ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps", "lr_generator", "latent_dim", "oh", "bn",
+                 "precision")      # those that shape stage 1's bank: a file made with others is refused
 
 
 def stored_bank(run, settings):
     """Stage 1's bank for this teacher, seed and stage settings: read from its file, or made now and kept there."""
     # refuse now, before hours of synthesis, what distill would refuse
     last_maps(run.teacher.model, run.student, run.data, settings), last_linear(run.student), Generator(1, run.data.image_shape)
-    path = Path(settings.bank or f"checkpoints/{run.teacher.name}.bank-seed{settings.seed}.pt")
-    stage = {key: getattr(settings, key) for key in ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps",
-                                                     "lr_generator", "latent_dim", "oh", "bn", "precision")}
-    made_with = dict(format="csd-bank-1", teacher_sha256=run.teacher.sha256, **run.data._asdict(), **stage)
-    if path.exists():
-        content = read_file(path, "image bank")
-        require_same(content.get("made_with", {}), made_with, path, "name another file with --bank, or move this one away")
-        bank = ImageBank(run.data.image_shape, len(content["labels"]), run.device)
-        bank.add(content["pixels"].to(run.device), content["labels"].to(run.device))
-        bank.teacher_queries = content["teacher_queries"]
-        run.begin()
-        run.replay(content["rows"])
-        print(f"stage 1: {bank.count} images from {path}", flush=True)
-    else:
-        print(f"stage 1: {settings.bank_rounds} batches of {settings.synthesis_batch_size} images -> {path}", flush=True)
-        keeper = Progress(path.with_suffix(".partial.pt"), {**made_with, "threads": settings.threads}, run)
-        keeper.load()                                          # refuses a half-made bank of other settings
-        run.begin()
-        bank = synthesize_bank(run.teacher.model, run.data, settings, keeper)
-        content = dict(made_with=made_with, rows=keeper.rows, pixels=bank.pixels, labels=bank.labels, teacher_queries=bank.teacher_queries)
-        if not path.exists():                                  # another process may have made the same one meanwhile
-            write_atomically(path, lambda file: torch.save(content, file))
-        keeper.forget()
+
+    def make(progress):
+        bank = synthesize_bank(run.teacher.model, run.data, settings, progress)
+        return dict(pixels=bank.pixels, labels=bank.labels, teacher_queries=bank.teacher_queries)
+    path = settings.bank or f"checkpoints/{run.teacher.name}.bank-seed{settings.seed}.pt"
+    found = stored_stage(run, settings, "image bank", path, BANK_SETTINGS, make)
+    bank = ImageBank(run.data.image_shape, len(found["labels"]), run.device)
+    bank.add(found["pixels"].to(run.device), found["labels"].to(run.device))
+    bank.teacher_queries = found["teacher_queries"]
     return bank
 
 
 @command_line
 def main(argv=None):
-    settings = read_settings(argv, "csd", __doc__, PRESETS, FLAGS, {"bank": "stage 1's file [checkpoints/TEACHER.bank-seedN.pt]"})
+    settings = read_settings(argv, "csd", __doc__, PRESETS, FLAGS, TEXT_FLAGS)
     run = Run("csd", settings)
     distill(run.teacher.model, run.student, run.data, settings, run, stored_bank(run, settings))
     run.finish()

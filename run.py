@@ -32,6 +32,7 @@ from common import (DATASETS, BadInput, DataSpec, Means, Shuffled, accuracy, agr
 SAVE_EVERY = 60.0     # seconds between checkpoints
 RUN_FORMAT = 1        # raised when checkpoints of an older version can no longer be continued
 CLASSIFIER_FORMAT = "distillation-classifier-1"
+STAGES = ("bank", "generator")       # events of what is made once for all students: logged with counters and seconds, as epochs are
 _signals = []         # SIGINT or SIGTERM that came: the next `tick` saves and stops
 
 
@@ -160,8 +161,8 @@ class Progress:
         return row
 
     def report(self, **row):
-        """Keep one row, a bank's with the counters; a run that waits for this computation logs it too."""
-        self.rows.append({**row, **self.counters()} if row.get("event") == "bank" else row)
+        """Keep one row, a stage's with the counters; a run that waits for this computation logs it too."""
+        self.rows.append({**row, **self.counters()} if row.get("event") in STAGES else row)
         if self.run:
             self.run.report(**self.rows[-1])
 
@@ -394,8 +395,8 @@ def _shared_flags(parser):
 def read_settings(argv, method, doc, presets, flags, own=None):
     """The command line as one namespace: preset first, then flags. Raises BadInput for what can be refused without work.
 
-    `flags`: {name: help} of the method's numbers, whose types and defaults come from the presets. `own`: {name: help} of
-    flags that hold a text and are no part of a preset.
+    `flags`: {name: help} of the method's settings, whose types and defaults come from the presets; (help, choices) where it is
+    one of a few words. `own`: {name: help} of flags that hold a text and are no part of a preset.
     """
     parser = _Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False)
     parser.add_argument("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [the set's pair]")
@@ -416,7 +417,8 @@ def read_settings(argv, method, doc, presets, flags, own=None):
         values = {key: preset[name] for key, preset in presets.items()}
         kind, few = type(next(iter(values.values()))), len(set(values.values())) == 1
         shown = next(iter(values.values())) if few else ", ".join(f"{key} {value}" for key, value in values.items())
-        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+        text, choices = (text, None) if isinstance(text, str) else text
+        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(choices=choices) if kind is str else
                dict(type=_number(kind, kind is int or name.startswith("lr_") or name == "temperature")))
         parser.add_argument("--" + name.replace("_", "-"), help=f"{text} [{shown}]".replace("%", "%%"), **how)
     args = parser.parse_args(argv)
@@ -485,6 +487,34 @@ def device_name(device):
 
 
 # --------------------------------------------------------------------------------------------------------- the folder
+def stored_stage(run, settings, what, path, shaped_by, make):
+    """What is made once for all students of a teacher: read from `path`, or made by `make(progress)` now and kept there.
+
+    `what`: its name, as in 'image bank'. `shaped_by`: the settings that a file at `path` must have been made with.
+    `make` returns a dict of tensors and numbers; so does this function.
+    """
+    path = Path(path)
+    made_with = dict(format=f"{run.method}-{what.split()[-1]}-2", teacher_sha256=run.teacher.sha256, **run.data._asdict(),
+                     **{key: getattr(settings, key) for key in shaped_by})
+    if path.exists():
+        content = read_file(path, what)
+        require_same(content.get("made_with", {}), made_with, path,
+                     f"name another file with --{what.split()[-1]}, or move this one away")
+        run.begin()
+        run.replay(content["rows"])
+        print(f"stage 1: {what} from {path}", flush=True)
+        return content["result"]
+    print(f"stage 1: {what} -> {path}", flush=True)
+    keeper = Progress(path.with_suffix(".partial.pt"), {**made_with, "threads": settings.threads}, run)
+    keeper.load()                                              # refuses a half-made one of other settings
+    run.begin()
+    result = make(keeper)
+    if not path.exists():                                      # another process may have made the same one meanwhile
+        write_atomically(path, lambda file: torch.save(dict(made_with=made_with, rows=keeper.rows, result=result), file))
+    keeper.forget()
+    return result
+
+
 class Run(Progress):
     """The run folder and the pace of a run; built by main() alone. `teacher`, `student` and `data` are for `distill`.
 
@@ -608,7 +638,7 @@ class Run(Progress):
         if samples is not None:
             save_samples(self.folder / "samples.png", samples)
         self._log(row)
-        if event in ("epoch", "bank"):
+        if event in ("epoch", *STAGES):
             self._print(row)
         elif "text" in row:
             print(f"{event}: {row['text']}", flush=True)

@@ -18,12 +18,34 @@ def spread(values, scale=100):
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def typed(key, value):
+    """A setting as it would be typed."""
+    name = key.replace("_", "-")
+    return {True: f"--{name}", False: f"--no-{name}"}[value] if isinstance(value, bool) else f"--{name} {value if isinstance(value, str) else f'{value:g}'}"
+
+
 def changes(start):
-    """The flags in which a run differs from its preset, as they would be typed."""
+    """The flags in which a run differs from its preset."""
     arguments = start["arguments"]
     preset = importlib.import_module(start["method"]).PRESETS[arguments["preset"]]
-    return " ".join(f"--{key.replace('_', '-')}" + ("" if arguments[key] is True else f" {arguments[key]:g}")
-                    for key, value in preset.items() if arguments[key] != value)
+    return " ".join(typed(key, arguments[key]) for key, value in preset.items() if arguments[key] != value)
+
+
+def steps_table(speeds):
+    """One row a variant of a throughput run; the phases that a method has not are empty."""
+    print("\n| steps of | order of work | machine, precision | synthesis, s | of the ceiling | GFLOP done (frozen) | distillation, s | of the ceiling | "
+          "GFLOP done (frozen) | matrix products, GFLOP/s |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in speeds:
+        order = {"authors": "the authors', written anew", "here": f"`{row['method'].partition('-')[0]}.distill`"}[row["variant"]]
+        cells = []
+        for phase in ("synthesis", "distillation"):
+            found = row.get(phase)
+            cells += [f"{found['seconds']:.2f}", f"{found['fraction']:.2f}",
+                      f"{found.get('gflop_done', '-')} ({found['gflop']})"] if found else ["-"] * 3
+        batch = f", batch {row['batch_size']}" if "batch_size" in row else ""
+        print(f"| {row['method']}{batch} | {order} | {row['device']}, {row['precision']}{', compiled' if row['compile'] else ''} | "
+              f"{' | '.join(cells)} | {row['ceiling_gflops']:.0f} |")
 
 
 def main():
@@ -32,29 +54,27 @@ def main():
     groups = {}
     for name, rows in runs.items():
         arguments = rows[0]["arguments"]
-        key = (rows[0]["method"], arguments["preset"], changes(rows[0]), arguments["teacher"], arguments["student"])
+        key = (arguments["preset"], rows[0]["method"], changes(rows[0]), arguments["teacher"], arguments["student"])
         groups.setdefault(key, []).append((arguments["seed"], rows))
     print("| method, preset | flags | teacher → student | teacher | **student, last epoch** | best epoch, chosen on the test set | "
-          "agreement with the teacher | calibration error | labels the teacher agrees with | seconds | seeds |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for (method, preset, flags, teacher, student), found in sorted(groups.items()):
+          "agreement with the teacher | calibration error | labels the teacher agrees with | runs with a collapse | seconds | seeds |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for (preset, method, flags, teacher, student), found in sorted(groups.items()):
         ends, last = [rows[-1] for _, rows in found], [rows[-2] for _, rows in found]
-        seconds = "-" if flags else round(statistics.mean(end["seconds"] for end in ends))
+        seconds = "-" if flags and method == "csd" else round(statistics.mean(end["seconds"] for end in ends))
+        labels = spread([row["target_acc"] for row in last]) if "target_acc" in last[0] else "-"
+        collapsed = sum(any(row["event"] == "collapse" for row in rows) for _, rows in found)
         print(f"| {method}, {preset} | {f'`{flags}`' if flags else '-'} | {teacher} → {student} | {spread([ends[0]['teacher_acc']])} | "
               f"**{spread([end['student_acc_last'] for end in ends])}** | {spread([end['student_acc_best'] for end in ends])} | "
               f"{spread([end['agreement'] for end in ends])} | {spread([end['ece'] for end in ends])} | "
-              f"{spread([row['target_acc'] for row in last])} | {seconds} | "
+              f"{labels} | {collapsed} of {len(found)} | {seconds} | "
               f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
     machines = sorted({rows[0]["device"] for rows in runs.values()})
-    print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\nwhich takes half a minute; those of the ablations are left out: some reuse the preset's bank, one ran beside the tests.")
-    speeds = [row for rows in logs.values() for row in rows if row.get("variant") and "synthesis" in row]
+    print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\n"
+          "which takes half a minute on digits; those of csd's ablations are left out: some reuse the preset's bank, one ran beside the tests.")
+    speeds = [row for rows in logs.values() for row in rows if row.get("variant") and "distillation" in row]
     if speeds:
-        print("\n| CSD steps, WRN-40-2 → WRN-16-1, 32x32 | synthesis, s | of the ceiling | distillation, s | of the ceiling | matrix products, GFLOP/s |")
-        print("|---|---|---|---|---|---|")
-        for row in speeds:
-            name = {"authors": "the authors' order of work, written anew", "here": "`csd.distill`"}[row["variant"]]
-            print(f"| {name} ({row['device']}, {row['precision']}) | {row['synthesis']['seconds']:.2f} | {row['synthesis']['fraction']:.2f} | "
-                  f"{row['distillation']['seconds']:.2f} | {row['distillation']['fraction']:.2f} | {row['ceiling_gflops']:.0f} |")
+        steps_table(speeds)
     layers = [row for rows in logs.values() for row in rows if row.get("variant") == "frozen_batchnorm"]
     if layers:
         print("\n| milliseconds, forward and backward, channels_last | conv 3x3 | PyTorch's BN, eval | with statistics | here: BN | with statistics |")

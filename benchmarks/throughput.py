@@ -6,14 +6,25 @@ Numerator: the FLOPs of the *frozen* step (no weight gradient that nobody reads)
 variant, so that waste earns nothing. Denominator: the median of 2048 x 2048 matrix products in the same precision, taken
 between the timed steps. Seconds are noise on a shared machine; the fractions and the ratio of two variants of one run are not.
 
-Variants of `csd`, both on the work of the authors' script (WRN-40-2 to WRN-16-1, 32x32, 200 synthesised images, batch 128):
-    authors   their order of work, written anew from its description: crops in a Python loop over images, weight gradients in
-              every network, a permuted copy of each BN input for its variance in every teacher pass, a graph for the head's
-              student pass, one .item() a step. Without their PNG files and loader processes, which would only add to it.
-    here      csd.distill itself, timed from one `tick` to the next.
+Variants:
+    authors   their order of work, written anew from its description (below, per method)
+    here      the method's own `distill`, timed from one `tick` to the next
+
+    csd         WRN-40-2 to WRN-16-1, 32x32, 200 synthesised images, batch 128. Authors: crops in a Python loop over images, weight
+                gradients in every network, a permuted copy of each BN input for its variance in every teacher pass, a graph for
+                the head's student pass, one .item() a step. Without their PNG files and loader processes, which would only add.
+    dafl        ResNet-34 to ResNet-18, 32x32. Authors: weight gradients in the teacher, one backward pass over the sum, the test
+                set (10,000 images) once in 120 steps of 1,024 images.
+    dafl-mnist  LeNet-5 to LeNet-5-half, 32x32, batches of 512: the generator is nearly all of the work, so nothing is to be won.
+    rdskd       ResNet-34 to ResNet-18, 32x32, batches of 512. Authors, phase 1: two teacher calls with weight gradients, a
+                state_dict and four .item() a step; phase 2: graphs of generator and teacher that are thrown away, the whole test
+                set every 10 steps.
+Where the authors score the test set, its share of one step is added to the step. --batch-size sets both batch sizes of the last
+three; on a CPU it is 32, with the test set's share in proportion.
 """
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -26,7 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import csd
-from common import DATASETS, batchnorms, build_model, last_linear, normalize, recorded_inputs, seeded
+import dafl
+import rdskd
+from common import DATASETS, batchnorms, build_model, first_linear, last_linear, normalize, recorded_inputs, seeded
 from run import compile_networks, device_name, set_up_device, versions
 
 SIZE = 2048
@@ -42,7 +55,7 @@ class Stopwatch:
     def __init__(self, device, precision, skip=1):
         self.device, self.skip, self.seconds, self.products = device, skip, {}, []
         self.factors = torch.randn(2, SIZE, SIZE, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-        self.before = {}
+        self.before, self.shares = {}, {}
 
     def product(self):
         wait(self.device)
@@ -76,7 +89,23 @@ class Stopwatch:
         pass
 
     def median(self, name):
-        return statistics.median(self.seconds[name][self.skip:])
+        """Seconds of one lap, with the share of other work that belongs to it."""
+        other, share = self.shares.get(name, (None, 0))
+        return statistics.median(self.seconds[name][self.skip:]) + (share * self.median(other) if other else 0)
+
+
+class FlopWatch(Stopwatch):
+    """The same, but a lap's measure is its FLOPs as PyTorch counts them."""
+    def __init__(self, device, mode):
+        super().__init__(device, "fp32", skip=0)
+        self.mode = mode
+
+    def start(self):
+        self.began = self.mode.get_total_flops()
+
+    def lap(self, name):
+        self.seconds.setdefault(name, []).append(self.mode.get_total_flops() - self.began)
+        self.start()
 
 
 # ---------------------------------------------------------------------------------------------------------------- csd
@@ -189,7 +218,112 @@ def csd_authors(watch, options, laps):
         hook.remove()
 
 
-METHODS = {"csd": (csd_flops, {"authors": csd_authors, "here": csd_here})}
+# -------------------------------------------------------------------------------------------------------- dafl and rdskd
+TEST_SET, SCORED = 10_000, 64          # its size; images of one timed scoring
+
+
+def generator_setting(method, preset, options, device):
+    """Teacher, student, data and settings of a generator method, at `options["batch"]`, with constant schedules."""
+    dataset = preset.partition("-")[0]
+    data = DATASETS[dataset]
+    names = ("lenet5", "lenet5_half") if dataset == "mnist" else ("resnet34", "resnet18")
+    with seeded(0):
+        teacher, student = (build_model(name, 10, data.image_shape).to(device) for name in names)
+    settings = SimpleNamespace(**{**method.PRESETS[preset], **options, "epochs": 1, "generator_epochs": 1}, seed=0)
+    settings.lr_student, settings.schedule, full = 1e-4, "constant", settings.batch_size      # untrained teacher: keep it tame
+    settings.batch_size = settings.synthesis_batch_size = options["batch"] or (full if device.type == "cuda" else 32)
+    return teacher.eval(), student, data, settings, full
+
+
+def generator_here(method, preset):
+    def variant(watch, options, laps):
+        teacher, student, data, settings, _ = generator_setting(method, preset, {**options, "student_steps": laps, "generator_steps": laps}, watch.device)
+        if options["compile"]:
+            compile_networks(teacher, student)
+        teacher, student = teacher.to(memory_format=torch.channels_last), student.to(memory_format=torch.channels_last)
+        if method is rdskd:
+            generator = rdskd.train_generator(teacher, data, settings, watch)
+            watch.before = {}
+            rdskd.distill(teacher, student, data, settings, watch, generator)
+        else:
+            dafl.distill(teacher, student, data, settings, watch)
+    return variant
+
+
+def score(watch, student, data):
+    student.eval()
+    with torch.no_grad():
+        student(torch.randn(SCORED, *data.image_shape, device=watch.device)).argmax(1).eq(0).sum().item()
+    watch.lap("evaluation")
+    student.train()
+
+
+def dafl_authors(preset):
+    def variant(watch, options, laps):
+        teacher, student, data, settings, full = generator_setting(dafl, preset, options, watch.device)
+        generator = dafl.Generator(settings.latent_dim, data.image_shape, settings.generator_width).to(watch.device)
+        optimizer_g = torch.optim.Adam(generator.parameters(), settings.lr_generator)
+        optimizer_s = torch.optim.SGD(student.parameters(), settings.lr_student, 0.9, weight_decay=5e-4)
+        layer = first_linear(teacher)
+        watch.shares["distillation"] = "evaluation", TEST_SET / 120 * settings.batch_size / full / SCORED
+        with recorded_inputs([layer]) as seen:
+            watch.start()
+            for _ in range(laps):
+                z = torch.randn(settings.batch_size, settings.latent_dim).to(watch.device)
+                optimizer_g.zero_grad(), optimizer_s.zero_grad()
+                images = generator(z)
+                logits = teacher(images)
+                loss = (settings.oh * dafl.one_hot_loss(logits) + settings.ie * dafl.information_entropy_loss(logits)
+                        + settings.act * dafl.activation_loss(seen[layer]) + dafl.kd_loss(student(images.detach()), logits.detach(), 1.0))
+                loss.backward()
+                optimizer_g.step(), optimizer_s.step()
+                watch.lap("distillation")
+                score(watch, student, data)
+    return variant
+
+
+def rdskd_authors(watch, options, laps):
+    teacher, student, data, settings, full = generator_setting(rdskd, "cifar10", options, watch.device)
+    generator = rdskd.Generator(settings.latent_dim, data.image_shape, settings.generator_width).to(watch.device)
+    optimizer_g = torch.optim.Adam(generator.parameters(), settings.lr_generator)
+    optimizer_s = torch.optim.Adam(student.parameters(), settings.lr_student)
+    watch.start()
+    for _ in range(laps):
+        generator.state_dict(), optimizer_g.zero_grad()
+        images = generator(torch.randn(settings.batch_size, settings.latent_dim).to(watch.device))
+        logits = torch.cat([teacher(half) for half in images.chunk(2)])
+        terms = rdskd.one_hot_loss(logits), rdskd.information_entropy_loss(logits), rdskd.diversity_loss(images, logits)
+        loss = terms[0].exp() + terms[1].exp() + terms[2]
+        loss.backward()
+        optimizer_g.step()
+        [term.item() for term in (*terms, loss)]
+        watch.lap("synthesis")
+    generator.eval()
+    watch.shares["distillation"] = "evaluation", TEST_SET / 10 * settings.batch_size / full / SCORED
+    for _ in range(laps):
+        optimizer_s.zero_grad()
+        images = generator(torch.randn(settings.batch_size, settings.latent_dim).to(watch.device)).detach()
+        rdskd.kd_loss(student(images), teacher(images).detach(), settings.temperature).backward()
+        optimizer_s.step()
+        watch.lap("distillation")
+        score(watch, student, data)
+
+
+# method: (FLOPs of the frozen steps or None = count `here`, variants)
+METHODS = {
+    "csd": (csd_flops, {"authors": csd_authors, "here": csd_here}),
+    "dafl": (None, {"authors": dafl_authors("cifar10"), "here": generator_here(dafl, "cifar10")}),
+    "dafl-mnist": (None, {"authors": dafl_authors("mnist"), "here": generator_here(dafl, "mnist")}),
+    "rdskd": (None, {"authors": rdskd_authors, "here": generator_here(rdskd, "cifar10")}),
+}
+
+
+def count_flops(variant, batch, device):
+    """{phase: FLOPs of one lap} of a variant at `batch`, counted at a batch of 8 and scaled."""
+    with FlopCounterMode(display=False) as mode:
+        watch = FlopWatch(device, mode)
+        variant(watch, dict(precision="fp32", compile=False, batch=8), 1)
+    return {phase: watch.median(phase) * batch / 8 for phase in watch.seconds if phase != "evaluation"}
 
 
 def main(argv=None):
@@ -201,24 +335,31 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--log", help="append the result to this file, one JSON line a variant")
+    parser.add_argument("--batch-size", type=int, default=0, help="of the generator methods [32 on a CPU, else the preset's]")
     settings = parser.parse_args(argv)
     settings.deterministic = False
     device = set_up_device(settings)
     count, variants = METHODS[settings.method]
-    flops = count(device)
+    full = 512 if settings.method in ("rdskd", "dafl-mnist") else 1024
+    batch = settings.batch_size or (full if device.type == "cuda" else 32)
+    done = {} if count else {name: count_flops(variant, batch, device) for name, variant in variants.items()}
+    flops = count(device) if count else done["here"]
     print(f"{settings.method} on {device_name(device)}, {settings.precision}: " +
           ", ".join(f"one {name} step = {value / 1e9:.0f} GFLOP frozen" for name, value in flops.items()))
-    print(f"{'variant':>10s} {'phase':>13s} {'seconds':>9s} {'GFLOP/s':>9s} {'products':>9s} {'fraction':>9s}")
+    print(f"{'variant':>10s} {'phase':>13s} {'seconds':>9s} {'GFLOP/s':>9s} {'products':>9s} {'fraction':>9s} {'GFLOP done':>11s}")
     for name, variant in variants.items():
         watch = Stopwatch(device, settings.precision)
-        variant(watch, dict(precision=settings.precision, compile=settings.compile), settings.laps + 1)
+        variant(watch, dict(precision=settings.precision, compile=settings.compile, **({} if count else {"batch": batch})), settings.laps + 1)
         ceiling = statistics.median(watch.products)
         row = dict(method=settings.method, variant=name, device=device_name(device), precision=settings.precision, compile=settings.compile,
-                   versions=versions(), ceiling_gflops=round(ceiling / 1e9, 1))
+                   versions=versions(), ceiling_gflops=round(ceiling / 1e9, 1), **({} if count else {"batch_size": batch}))
         for phase, work in flops.items():
             seconds = watch.median(phase)
             row[phase] = dict(seconds=round(seconds, 4), gflop=round(work / 1e9, 1), fraction=round(work / seconds / ceiling, 3))
-            print(f"{name:>10s} {phase:>13s} {seconds:9.3f} {work / seconds / 1e9:9.1f} {ceiling / 1e9:9.1f} {work / seconds / ceiling:9.2f}", flush=True)
+            if done:
+                row[phase]["gflop_done"] = round(done[name][phase] / 1e9, 1)
+            print(f"{name:>10s} {phase:>13s} {seconds:9.3f} {work / seconds / 1e9:9.1f} {ceiling / 1e9:9.1f} "
+                  f"{work / seconds / ceiling:9.2f} {row[phase].get('gflop_done', math.nan):11.1f}", flush=True)
         if settings.log:
             with open(settings.log, "a") as file:
                 file.write(json.dumps(row) + "\n")

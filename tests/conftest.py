@@ -7,19 +7,32 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import common  # noqa: E402
 import csd  # noqa: E402
+import dafl  # noqa: E402
+import rdskd  # noqa: E402
 import run as run_module  # noqa: E402
+import zskd  # noqa: E402
 
 TINY = dict(epochs=2, batch_size=8, student_steps=3, synthesis_batch_size=10, synthesis_steps=2, latent_dim=6, bank_rounds=2,
             bank_synthesis_steps=2)
-TINY_FLAGS = [text for name, value in TINY.items() for text in ("--" + name.replace("_", "-"), str(value))]
+TINY_OF = {
+    csd: TINY,
+    dafl: dict(epochs=2, student_steps=3, batch_size=8, latent_dim=6, generator_width=4),
+    rdskd: dict(epochs=2, student_steps=3, batch_size=8, generator_epochs=2, generator_steps=3, synthesis_batch_size=8, latent_dim=6,
+                generator_width=4),
+    zskd: dict(epochs=2, batch_size=8, impressions=20, synthesis_batch_size=12, synthesis_steps=2),
+}
 
 
-def tiny_settings(**changes):
-    return SimpleNamespace(**{**csd.PRESETS["digits"], **TINY, "seed": 0, **changes})
+def tiny_flags(method):
+    return [text for name, value in TINY_OF[method].items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+def tiny_settings(method=csd, **changes):
+    return SimpleNamespace(**{**method.PRESETS["digits"], **TINY_OF[method], "seed": 0, **changes})
 
 
 def tiny_networks(teacher="wrn10_1", student="wrn10_1"):
@@ -47,7 +60,11 @@ def teacher_file(in_tmp):
 @pytest.fixture
 def csd_args(teacher_file):
     """A command line of csd.py that takes two seconds."""
-    return ["--dataset", "digits", "--teacher", str(teacher_file), "--student", "wrn10_1", "--threads", "2", *TINY_FLAGS]
+    return tiny_args(csd, teacher_file)
+
+
+def tiny_args(method, teacher_file):
+    return ["--dataset", "digits", "--teacher", str(teacher_file), "--student", "wrn10_1", "--threads", "2", *tiny_flags(method)]
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,12 @@ import tokenize
 import pytest
 
 import csd
+import dafl
+import rdskd
+import zskd
 from conftest import ROOT
 
-METHODS = {"csd": (csd, 500)}          # method files and the most lines that each may have
+METHODS = {"csd": (csd, 500), "dafl": (dafl, 500), "rdskd": (rdskd, 500)}          # method files and the most lines that each may have
 LIMITS = {"common": 750, "run": 750, **{name: limit for name, (_, limit) in METHODS.items()}}
 
 
@@ -66,7 +69,7 @@ def test_only_main_and_its_helpers_use_the_run_room(name):
     from_run = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "run" for alias in node.names}
     free = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
             if from_run & {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}}
-    assert free <= {"main", "stored_bank"}
+    assert free <= {"main", "stored_bank", "stored_generator"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -101,13 +104,32 @@ def test_every_name_under_copy_exists_and_has_a_docstring(name):
         assert getattr(module, name).__doc__, name
 
 
-def test_a_loss_pasted_into_an_empty_file_works(tmp_path):
+@pytest.mark.parametrize("module", [module for module, _ in METHODS.values()], ids=lambda module: module.__name__)
+def test_losses_pasted_into_an_empty_file_work(module, tmp_path):
     """With nothing but torch and einops, as a copier does it."""
-    losses = [inspect.getsource(function) for name, function in vars(csd).items() if name.endswith("_loss") or name.startswith("rotation")]
-    code = "import torch\nimport torch.nn.functional as F\nfrom einops import rearrange\n" + "\n".join(losses) + "\nprint(kd_loss(torch.ones(2, 3), torch.eye(3)[:2], 4.0).item())\n"
+    wanted = r"\w+_loss|rotation\w*|increment_penalty"
+    losses = [inspect.getsource(function) for name, function in vars(module).items() if re.fullmatch(wanted, name)]
+    code = ("import math\nimport torch\nimport torch.nn.functional as F\nfrom einops import rearrange\n" + "\n".join(losses)
+            + "\nprint(kd_loss(torch.ones(2, 3), torch.eye(3)[:2], 4.0).item())\n")
     (tmp_path / "mine.py").write_text(code)
     result = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and float(result.stdout) > 0, result.stderr
+
+
+def test_generators_of_dafl_and_rdskd_are_one_and_their_files_are_read_side_by_side():
+    """The same order and the same words, so that a diff of the two files shows what the papers changed."""
+    assert inspect.getsource(dafl.Generator.__init__) == inspect.getsource(rdskd.Generator.__init__)
+    for name in ("kd_loss", "one_hot_loss"):
+        assert inspect.getsource(getattr(dafl, name)).split('"""')[2] == inspect.getsource(getattr(rdskd, name)).split('"""')[2]
+    defined = {name: [node.name for node in tree_of(name).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))] for name in ("dafl", "rdskd")}
+    shared = [name for name in defined["dafl"] if name in defined["rdskd"]]
+    assert shared == [name for name in defined["rdskd"] if name in defined["dafl"]] and len(shared) >= 7
+
+
+def test_the_rival_in_benchmarks_keeps_the_laws_that_matter():
+    parameters = list(inspect.signature(zskd.distill).parameters)
+    source = (ROOT / "benchmarks" / "zskd.py").read_text()
+    assert parameters == ["teacher", "student", "data", "settings", "run"] and not re.search("load_dataset|ImageSet|DataLoader", source)
 
 
 def test_the_readmes_own_teacher_example_runs(tmp_path):

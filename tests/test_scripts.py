@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 import common
 import csd
 import run
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY_OF
 
 
 def rows_of(folder, without_seconds=True):
@@ -169,7 +170,7 @@ def test_a_killed_run_ends_like_one_that_was_not(csd_args, in_tmp, monkeypatch, 
     assert not list((in_tmp / "killed").glob(".*"))
     # the file name of the bank is the one thing in which the two commands differ
     assert_same_run(in_tmp / "straight", in_tmp / "killed")
-    one, other = (torch.load(name, weights_only=True) for name in (in_tmp / "straight.pt", in_tmp / "killed.pt"))
+    one, other = (torch.load(name, weights_only=True)["result"] for name in (in_tmp / "straight.pt", in_tmp / "killed.pt"))
     assert torch.equal(one["pixels"], other["pixels"]) and torch.equal(one["labels"], other["labels"])
 
 
@@ -226,7 +227,7 @@ def commands_of_the_readme():
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("command", [c for c in commands_of_the_readme() if re.search(r"python \w+\.py", c)])
+@pytest.mark.parametrize("command", [c for c in commands_of_the_readme() if re.search(r"python (benchmarks/zskd|\w+)\.py", c)])
 def test_every_readme_command_parses(command, in_tmp, monkeypatch, capsys):
     """Up to the point where work would start."""
     script, *argv = shlex.split(command[command.index("python "):])[1:]
@@ -238,20 +239,22 @@ def test_every_readme_command_parses(command, in_tmp, monkeypatch, capsys):
             run.train_main(argv)
         assert "would train" in capsys.readouterr().err
     else:
-        module = __import__(script.removesuffix(".py"))
-        settings = run.read_settings(argv, module.__name__, module.__doc__, module.PRESETS, module.FLAGS, {"bank": "file"})
+        module = __import__(script.removesuffix(".py").removeprefix("benchmarks/"))
+        settings = run.read_settings(argv, module.__name__, module.__doc__, module.PRESETS, module.FLAGS, getattr(module, "TEXT_FLAGS", {}))
         assert settings.preset in module.PRESETS
 
 
-def test_every_flag_is_read_and_every_setting_has_one():
+@pytest.mark.parametrize("method", TINY_OF, ids=lambda method: method.__name__)
+def test_every_flag_is_read_and_every_setting_has_one(method):
     """A flag that nothing reads is a promise broken in silence."""
-    sources = "".join((ROOT / name).read_text() for name in ("csd.py", "run.py", "common.py"))
-    settings = vars(run.read_settings(["--dataset", "digits"], "csd", csd.__doc__, csd.PRESETS, csd.FLAGS, {"bank": "file"}))
+    sources = Path(method.__file__).read_text() + "".join((ROOT / name).read_text() for name in ("run.py", "common.py"))
+    settings = vars(run.read_settings(["--dataset", "digits"], method.__name__, method.__doc__, method.PRESETS, method.FLAGS,
+                                      getattr(method, "TEXT_FLAGS", {})))
     by_name = set(re.findall(r'getattr\(settings, "(\w+)"', sources)) | set(re.findall(r"settings\.(\w+)", sources))
     by_name |= set(re.findall(r"presets\[args\.(preset)\]", sources))
-    listed = re.search(r"stage = \{key.*?\}", sources, re.S)[0]
-    for name in settings:
-        assert name in by_name or f'"{name}"' in listed, name
-    assert set(TINY) <= set(settings)
-    for preset in csd.PRESETS.values():
-        assert set(preset) == set(csd.FLAGS) | {"epochs", "batch_size"}
+    if method is csd:
+        by_name |= set(csd.BANK_SETTINGS)                      # bank_rounds and others are passed on by name
+    assert set(settings) <= by_name, set(settings) - by_name
+    assert set(TINY_OF[method]) <= set(settings)
+    for preset in method.PRESETS.values():
+        assert set(preset) == set(method.FLAGS) | {"epochs", "batch_size"}
