@@ -469,13 +469,13 @@ def last_linear(model):
 
 
 def first_linear(model):
-    """The first nn.Linear after the last nn.Conv2d; its input (N, D) is what the convolutions made of an image. LeNet-5: fc1."""
-    found = last_linear(model)
-    for module in reversed([module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]):
-        if isinstance(module, nn.Conv2d):
-            break
-        found = module
-    return found
+    """The first nn.Linear after the last nn.Conv2d, LeNet-5: fc1; its input (N, D) is what the convolutions made of an image.
+
+    Without a convolution the last nn.Linear. Raises BadInput if there is none.
+    """
+    found, layers = last_linear(model), [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    last = max((place for place, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)), default=len(layers))
+    return next(iter(layers[last + 1:]), found)
 
 
 def batchnorms(model):
@@ -707,7 +707,7 @@ def report_collapse(run, pixels, pseudo_labels=None, low_entropy_steps=0, **wher
     """A row of its own when a batch, `pixels` in [0, 1], shows that its generator collapsed. -> the deviation between its images
 
     One image (2 or 3 of 255 grey levels apart), one class for the teacher (`pseudo_labels`, (N,)), or the entropy of the batch's mean
-    prediction under half of log K for 50 steps on end: `low_entropy_steps`, which the caller counts.
+    prediction under half of log K for the last 50 steps or more: `low_entropy_steps`, which the caller counts.
     """
     pixel_std, found = pixels.std(0, correction=0).mean().item(), []
     if pixel_std < 0.01:
@@ -717,7 +717,8 @@ def report_collapse(run, pixels, pseudo_labels=None, low_entropy_steps=0, **wher
     if low_entropy_steps >= 50:
         found.append(f"the entropy of its classes is under half of the largest for {int(low_entropy_steps)} steps")
     if found:
-        run.report(event="collapse", **where, pixel_std=pixel_std, text=f"{where}: the generator collapsed, {', '.join(found)}")
+        at = " ".join(f"{key.replace('_', ' ')} {value}" for key, value in where.items())
+        run.report(event="collapse", **where, pixel_std=pixel_std, text=f"{at}: the generator collapsed: {', '.join(found)}")
     return pixel_std
 
 

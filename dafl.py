@@ -1,42 +1,45 @@
 """DAFL: Data-Free Learning of Student Networks.   Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu, Boxin Shi,
-Chunjing Xu, Chao Xu, Qi Tian. ICCV 2019, arXiv 1904.01186. Authors' code: Efficient-Computing of huawei-noah, folder DAFL, 5e8f4e4.
+Chunjing Xu, Chao Xu, Qi Tian. ICCV 2019, arXiv 1904.01186. Authors' code: github.com/huawei-noah/Data-Efficient-Model-Compression,
+commit 5e8f4e4, folder DAFL (moved to huawei-noah/Efficient-Computing).
 
 The idea. A frozen teacher takes the place of a GAN's discriminator: an image is "real" when the teacher is sure of it. A generator
 learns to make images of which the teacher is sure, that excite its features, and that spread over all classes within a batch.
 The student learns to answer like the teacher on the very images that the generator is making. The generator never looks at
-the student: nothing asks for images on which the student is still wrong. rdskd.py asks for more, and cudfkd.py for just that.
+the student: nothing asks for images on which the student is still wrong, or for images that differ from one another (rdskd.py).
 
      z ──► G ──► images ─┬──► teacher ─┬─► logits ──► one class, surely · all classes in a batch ──┐
-           ▲             │             └─► features ──► strong ────────────────────────────────────┤
-           └─────────────│──────────── gradient, through the frozen teacher, into G only ◄─────────┘
-                         └══► student ──► KL(teacher's logits ══► , student's) ──► gradient: student only     (══► no gradient)
+           ▲             │             ├─► features ──► strong ────────────────────────────────────┤
+           └─────────────│─────────────│─ gradient, through the frozen teacher, into G only ◄──────┘
+                         │             └══► logits ──┐
+                         └══► student ──► KL ◄───────┘ ──► gradient: student only                             (══► no gradient)
 
 Run    python dafl.py --dataset digits
        python dafl.py --teacher resnet34 --student resnet18      CIFAR-10, the authors' numbers, for a GPU; not run, no number here
 Copy   kd_loss, one_hot_loss, information_entropy_loss, activation_loss, Generator, distill
 Letters   N batch, K classes, C H W image, D features, L latent.
-Sources   [code] the authors' code · [paper] the paper, through others' notes and memory · [inferred] a reconstruction or a choice made
-       here. No equation number stands here: the paper's text was not at hand.
+Sources   [code] the authors' code · [paper] the paper, through others' notes · [memory] unverified · [inferred] a reconstruction or a
+       choice made here. No equation number stands here: the paper's text was not at hand.
 
 Where paper, authors' code and this file differ
- 1. Activation: the paper takes the L1 norm of each feature vector, the code the mean over all N·D elements: 120 to 512 times less,
-    and its weights are tuned for that. Code followed; --sum-activation takes the norm.
- 2. Information entropy: the code takes log10 and no 1/K; the paper has 1/K and, it seems, ln. Code followed; with --natural-log
-    the same weight counts 2.3 times as much.
+ 1. Activation: the paper takes the L1 norm of each feature vector [paper], the code the mean over all N·D elements: 120 to 512 times
+    less, and its weights are tuned for that. Code followed; --sum-activation takes the norm.
+ 2. Information entropy: the code takes log10 and no 1/K; the paper has 1/K [paper] and, presumably, ln. Code followed; with
+    --natural-log the same weight counts 2.3 times as much. For the 1/K divide --ie.
  3. The code trains generator and student on one batch: the student sees the images of the generator as it was before its step, and
-    one teacher pass serves both. The paper's algorithm draws a second batch for the student. Code followed; --separate-batches.
- 4. The generator's BatchNorms are called with 0.8 as second argument, which is eps, not momentum. Followed: it damps the
-    normalisation, and the results were made with it. The last one, without weights, gives each batch mean 0 and deviation 1 per
-    channel, which is why no `normalize` stands between generator and teacher. Never in eval mode here, as in the code.
- 5. The weights of the three terms changed over the years of the code's history. Those of its last state are taken. Its README
-    calls the activation weight --act, its parser --a, so that the README's commands fail; here it is --act.
+    one teacher pass serves both. The paper's algorithm draws a second batch for the student [memory]. Code followed;
+    --separate-batches.
+ 4. Two of the generator's four BatchNorms are called with 0.8 as second argument, which is eps, not momentum. Followed: it damps
+    the normalisation. The last one, without weights, gives each batch mean 0 and deviation 1 per channel, which is why no
+    `normalize` stands between generator and teacher. Never in eval mode here, as in the code.
+ 5. The weights of the three terms changed in the code between 2019-11 (ln, entropy 10) and 2020-09. Those of its last state are
+    taken. Its README calls the activation weight --act, its parser --a, so that the README's commands fail; here it is --act.
  6. Authors: the best epoch on the test set. Here: the last one (the best is printed in brackets).
  7. A collapsed generator (all images alike, on MNIST: the authors advise to restart) is named in the log and on the screen.
  8. The student's soft cross-entropy [paper] and KL [code] have the same gradient; KL is reported: 0 is a perfect copy.
  9. The teacher's weights get no gradient here; in the code they do, and nobody reads it. The same mathematics
     (benchmarks/throughput.py).
-10. Teachers: authors 199 epochs with three steps, the last state; here run.py's recipe. CIFAR-100 is normalised with its own
-    constants, where the authors take CIFAR-10's.
+10. Teachers: the authors' CIFAR ones take SGD for 199 epochs, a tenth at 80 and at 120, MNIST's Adam 1e-3 for 9; the last state. Here
+    run.py's recipe. CIFAR-100 is normalised with its own constants, where the authors take CIFAR-10's.
 """
 import math
 
@@ -141,7 +144,8 @@ def distill(teacher, student, data, settings, run=None):
                  low_entropy_steps=torch.zeros((), device=device),
                  pixels=torch.zeros(settings.batch_size, *data.image_shape, device=device),    # an epoch's last batch, to be shown
                  pseudo_labels=torch.zeros(settings.batch_size, dtype=torch.long, device=device),
-                 epoch=0, distillation_step=0, seconds_synthesis=0.0, seconds_distillation=0.0,     # one loop: all of it is distillation
+                 epoch=0, distillation_step=0,
+                 seconds_synthesis=0.0, seconds_distillation=0.0,                              # one loop trains both
                  images_synthesized=0, student_steps=0, teacher_queries=0)
     if run:
         run.restore(state)
@@ -175,7 +179,7 @@ def distill(teacher, student, data, settings, run=None):
                 (settings.oh * loss_oh + settings.ie * loss_ie + settings.act * loss_act).backward()
                 generator_optimizer.step()
 
-                # -------- (2) Student: min  T² KL(teacher || student)  on the same images, as they were before that step
+                # -------- (2) Student: min  T² KL(teacher || student)  on images made before that step, or after it
                 if settings.separate_batches:
                     with torch.no_grad():
                         images, teacher_logits = draw()
@@ -186,7 +190,7 @@ def distill(teacher, student, data, settings, run=None):
                 loss_kd.backward()
                 optimizer.step()
 
-                state["low_entropy_steps"].add_(1).mul_(loss_ie.detach() > -0.5 * largest_entropy)       # on end; 0 again when not
+                state["low_entropy_steps"].add_(1).mul_(loss_ie.detach() > -0.5 * largest_entropy)       # how long it has been low
                 state["means"].add(loss_oh, loss_ie, loss_act, loss_kd)
                 state["images_synthesized"] += len(images)
                 state["student_steps"] += 1
@@ -216,7 +220,7 @@ PRESETS = {
     "svhn": CIFAR10,                                                          # [inferred]; the paper does not treat it
     "mnist": MNIST,
     # The recipe of OpenMMLab's mmrazor, an eighth of the authors' steps, for which it prints 93.27 % (teacher 95.34 %): batch 256 on
-    # each of 8 GPUs with p̄ gathered over them; one batch of 2048 here, so BN sees all of it. [inferred]: T², AdamW's decay 0.01
+    # each of 8 GPUs with p̄ gathered over them; one batch of 2048 here, so BN sees all of it. [inferred]: log10, T², AdamW's decay 0.01
     "cifar10-short": {**CIFAR10, "epochs": 250, "batch_size": 2048, "lr_generator": 1e-3, "generator_weight_decay": 0.01,
                       "student_optimizer": "adam", "weight_decay": 0.01, "warmup": 1 / 60, "temperature": 6.0},
     # [inferred] for a CPU
@@ -229,9 +233,9 @@ FLAGS = {
     "student_steps": "iterations an epoch: one step of generator and student each",
     "latent_dim": "length of z",
     "generator_width": "channels of the generator's first layers; the last has half of them",
-    "lr_generator": "Adam, constant",
+    "lr_generator": "Adam (AdamW with a decay), constant after --warmup",
     "generator_weight_decay": "decoupled, as in AdamW",
-    "student_optimizer": ("adam (AdamW) or sgd (momentum 0.9)", ("adam", "sgd")),
+    "student_optimizer": ("adam (AdamW, which without weight decay is Adam) or sgd (momentum 0.9)", ("adam", "sgd")),
     "lr_student": "of the student's optimizer, at the start",
     "weight_decay": "of the student",
     "schedule": ("of the student's lr: constant; steps, a tenth at 0.4 and again at 0.8 of the epochs; cosine to 0",
@@ -243,15 +247,17 @@ FLAGS = {
     "act": "weight of the features' strength, α",
     "natural_log": "ln in the entropy instead of log10",
     "sum_activation": "L1 norm of a feature vector instead of the mean of its elements",
-    "separate_batches": "a batch of its own for the student, from the updated generator, as in the paper's algorithm",
+    "separate_batches": "a batch of its own for the student, from the updated generator, as the paper's algorithm is remembered",
 }
 
 
 @command_line
 def main(argv=None):
     settings = read_settings(argv, "dafl", __doc__, PRESETS, FLAGS)
+    if settings.warmup >= 1:
+        raise BadInput(f"--warmup is a part of the run, under 1, not {settings.warmup:g}")
     run = Run("dafl", settings)
-    first_linear(run.teacher.model), Generator(1, run.data.image_shape)        # refuse now what distill would refuse
+    first_linear(run.teacher.model), Generator(1, run.data.image_shape)        # refuse now, in words, what distill would refuse
     distill(run.teacher.model, run.student, run.data, settings, run)
     run.finish()
 

@@ -2,8 +2,8 @@
 ICASSP 2021, arXiv 2011.03749. Authors' code: github.com/PengchaoHan/RDSKD, commit 8512a9d.
 
 The idea. As in DAFL (dafl.py), a generator learns to make images of which a frozen teacher is sure and which spread over all classes.
-Two things change. Images of one batch must differ from one another where the teacher's answers do, so that a class is not one
-picture. And the two terms that fight each other, certainty and spread, are not weighed by hand: each enters through the exponential
+Two things change. The two halves of a batch must differ in their pixels, the more so the more the teacher's answers to them
+differ. And the two terms that fight each other, certainty and spread, are not weighed by hand: each enters through the exponential
 of its rise above an earlier value, so that the one which is getting worse leads. The generator is trained first and then
 stands still; the student, or one student after another, learns from it.
 
@@ -18,29 +18,30 @@ Run    python rdskd.py --dataset digits
 Copy   kd_loss, one_hot_loss, information_entropy_loss, diversity_loss, mode_seeking_loss, increment_penalty, Generator,
        train_generator, distill
 Letters   N batch, K classes, C H W image, L latent.
-Sources   [code] the authors' code · [abstract] the paper's · [inferred] a reconstruction or a choice made here. The paper's method section and
-       tables were not at hand: no equation number and no accuracy of the paper stands here.
+Sources   [code] the authors' code · [abstract] the paper's · [inferred] a reconstruction or a choice made here. The paper's method
+       section and tables were not at hand: no equation number and no accuracy of the paper stands here.
 
 Where paper, authors' code and this file differ
  1. "Exponential penalty on loss increments" [abstract]: the code remembers each loss once an epoch, at its second iteration, and
-    uses it until the second iteration of the next; before that it is 0. Followed; --reference previous remembers every
-    iteration, which makes both weights 1 but for noise.
- 2. The diversity term is one ratio of whole-batch norms [code], not a mean over pairs. 1 / (ratio + 1e-20) as the code has it is
-    NaN where both halves get one answer, and 1e20 where both are one image, which is where a collapsed generator stands. Here the
-    same value as d_P / (d_x + 1e-8): finite, with a finite gradient, everywhere.
+    uses it until the second iteration of the next; in the first two iterations of all it is 0. Followed; --reference previous
+    remembers every iteration, which makes both weights 1 but for noise.
+ 2. The diversity term is one ratio of whole-batch norms [code], not a mean over pairs. 1 / (ratio + 1e-20) as the code has it has a NaN
+    gradient where both halves get one answer, and is 1e20 where both are one image, which is where a collapsed generator stands.
+    Here the same up to 1e-8 as d_P / (d_x + 1e-8): finite, with a finite gradient, everywhere.
  3. In phase 2 the generator is in eval mode [code]: its BatchNorms, the last one too, use running statistics, so that a batch of
     images no longer has mean 0 and deviation 1 exactly.
  4. Natural logarithm in the entropy [code]; DAFL's last code takes log10.
  5. No weights: all are 1 [code]. --oh, --ie and --diversity-weight are there for ablations.
- 6. MSKD, which the abstract compares with, has no public code and no paper of its own. `--diversity ms --penalty fixed` is a
-    reconstruction [inferred]: DAFL's terms with fixed weights and MSGAN's mode seeking term. The two switches are apart, so that
-    what each of them is worth can be measured.
- 7. The authors score the whole test set every 10 steps, a third of a CIFAR run's work. Here once an epoch of 120 steps
+ 6. MSKD, which the abstract compares with: its code is not in the authors' repository, and no paper of that name was found.
+    `--diversity ms --penalty fixed` is a reconstruction [inferred]: certainty and spread (ln) at fixed weight 1, no activation
+    term, and MSGAN's mode seeking term. The two switches are apart, so that what each of them is worth can be measured.
+ 7. The authors score the whole test set every 10 steps, about 27 % of a CIFAR run's multiply-adds. Here once an epoch of 120 steps
     (--eval-every). Both report the last student.
  8. The teacher's two half batches are one pass here, frozen networks get no weight gradients, and phase 2 builds no graph for
     generator and teacher: the same mathematics (benchmarks/throughput.py).
  9. The generator is kept by teacher, seed and kind, and reused for other students: phase 1 does not know the student.
-10. Teachers: the authors train SVHN's with Adam at 0.01, a left-over of a shared schedule; here run.py's recipe.
+10. Teachers: the authors' are trained for 199 (MNIST, SGD 1e-3 without momentum) or 499 epochs, SVHN's by Adam at 0.01, a left-over of a
+    shared schedule; here run.py's recipe. SVHN is normalised with 0.5 here, with its own mean and deviation there.
 """
 import math
 
@@ -85,7 +86,8 @@ def information_entropy_loss(teacher_logits):
 def diversity_loss(images, teacher_logits):
     """‖P2 - P1‖ / (‖x2 - x1‖ + 1e-8) between the halves of a batch, Frobenius norms of all of it [code].   (2N, C, H, W), (2N, K) -> ()
 
-    At least 0. Where the teacher's answers P differ, the images should differ more.
+    At least 0. One ratio a batch: its halves should lie further apart, all pairs alike, the more so the more the answers P differ. It
+    falls, too, when the answers grow alike; the entropy stands against that.
     """
     (images_1, images_2), (p_1, p_2) = images.chunk(2), teacher_logits.softmax(1).chunk(2)
     return torch.linalg.vector_norm(p_2 - p_1) / (torch.linalg.vector_norm(images_2 - images_1) + 1e-8)
@@ -135,13 +137,15 @@ class Generator(nn.Module):
 # ------------------------------------------------------------------------------------------------ phase 1: the generator
 def train_generator(teacher, data, settings, run=None):
     """Phase 1: a generator from the teacher alone. It serves every student of this teacher. -> Generator, in train mode"""
+    if settings.synthesis_batch_size % 2:
+        raise BadInput(f"--synthesis-batch-size must be even, not {settings.synthesis_batch_size}: its halves are compared")
     device = next(teacher.parameters()).device
     with seeded(settings.seed):
         generator = Generator(settings.latent_dim, data.image_shape, settings.generator_width)
         generator.to(device, memory_format=torch.channels_last).train()
     rng = torch.Generator(device).manual_seed(settings.seed)
-    optimizer = torch.optim.Adam(generator.parameters(), settings.lr_generator)
-    state = dict(generator=generator, optimizer=optimizer, rng=rng,
+    generator_optimizer = torch.optim.Adam(generator.parameters(), settings.lr_generator)
+    state = dict(generator=generator, generator_optimizer=generator_optimizer, rng=rng,
                  means=Means("loss_oh", "loss_ie", "loss_diversity", device=device),
                  reference_oh=torch.zeros((), device=device), reference_ie=torch.zeros((), device=device),
                  low_entropy_steps=torch.zeros((), device=device),
@@ -167,14 +171,14 @@ def train_generator(teacher, data, settings, run=None):
                 loss_ie = information_entropy_loss(teacher_logits)
                 loss_diversity = (diversity_loss(images, teacher_logits) if settings.diversity == "ds" else
                                   mode_seeking_loss(images, z) if settings.diversity == "ms" else nothing)
-                optimizer.zero_grad()
+                generator_optimizer.zero_grad()
                 (settings.oh * penalty(loss_oh, reference_oh) + settings.ie * penalty(loss_ie, reference_ie)
                  + settings.diversity_weight * loss_diversity).backward()
-                optimizer.step()
-                if step == 1 or settings.reference == "previous":     # easy to overlook: the second iteration of every epoch
+                generator_optimizer.step()
+                if step == min(1, settings.generator_steps - 1) or settings.reference == "previous":    # the second step of an epoch
                     reference_oh.copy_(loss_oh.detach()), reference_ie.copy_(loss_ie.detach())
 
-                state["low_entropy_steps"].add_(1).mul_(loss_ie.detach() > -0.5 * largest_entropy)       # on end; 0 again when not
+                state["low_entropy_steps"].add_(1).mul_(loss_ie.detach() > -0.5 * largest_entropy)       # how long it has been low
                 state["means"].add(loss_oh, loss_ie, loss_diversity)
                 state["teacher_queries"] += len(z)
                 if step == settings.generator_steps - 1:
@@ -195,7 +199,7 @@ def learning_rate(lr, schedule, progress):
     """`lr` at `progress` in [0, 1) of phase 2: 'constant', 'steps' (a tenth at 0.8 [code, CIFAR]) or 'cosine' to 0."""
     if schedule == "cosine":
         return cosine(lr, progress, 1)
-    return lr * (0.1 if schedule == "steps" and progress >= 0.8 else 1)
+    return lr * 0.1 ** sum(progress >= at for at in (0.8,) if schedule == "steps")
 
 
 def distill(teacher, student, data, settings, run=None, generator=None):
@@ -211,10 +215,10 @@ def distill(teacher, student, data, settings, run=None, generator=None):
     optimizer = (torch.optim.SGD(student.parameters(), settings.lr_student, 0.9, weight_decay=settings.weight_decay)
                  if settings.student_optimizer == "sgd" else
                  torch.optim.AdamW(student.parameters(), settings.lr_student, weight_decay=settings.weight_decay))
-    state = dict(student=student, optimizer=optimizer, rng=rng, means=Means("loss_kd", device=device),
+    state = dict(student=student, generator=generator, optimizer=optimizer, rng=rng, means=Means("loss_kd", device=device),
                  pixels=torch.zeros(settings.batch_size, *data.image_shape, device=device),    # an epoch's last batch, to be shown
                  pseudo_labels=torch.zeros(settings.batch_size, dtype=torch.long, device=device),
-                 epoch=0, distillation_step=0, seconds_distillation=0.0,
+                 epoch=0, distillation_step=0, seconds_synthesis=0.0, seconds_distillation=0.0,
                  images_synthesized=0, student_steps=0, teacher_queries=getattr(generator, "teacher_queries", 0))
     if run:
         run.restore(state)
@@ -254,10 +258,10 @@ def distill(teacher, student, data, settings, run=None, generator=None):
 
 # -------------------------------------------------------------------------------------- hyperparameters, command line
 MNIST = dict(     # [code] the defaults of its parsers and its README
-    epochs=1000, student_steps=120, batch_size=512, student_optimizer="adam", lr_student=2e-3, weight_decay=0.0, schedule="constant",
-    temperature=10.0,
-    generator_epochs=20, generator_steps=120, synthesis_batch_size=512, latent_dim=100, generator_width=128, lr_generator=1e-3,
-    diversity="ds", penalty="exp", reference="epoch", oh=1.0, ie=1.0, diversity_weight=1.0)
+    epochs=1000, student_steps=120, batch_size=512, latent_dim=100, generator_width=128, lr_generator=1e-3,
+    generator_epochs=20, generator_steps=120, synthesis_batch_size=512,
+    student_optimizer="adam", lr_student=2e-3, weight_decay=0.0, schedule="constant", temperature=10.0,
+    oh=1.0, ie=1.0, diversity_weight=1.0, diversity="ds", penalty="exp", reference="epoch")
 PRESETS = {
     "cifar10": {**MNIST, "latent_dim": 1000, "schedule": "steps"},            # [code]
     "cifar100": {**MNIST, "latent_dim": 1000, "schedule": "steps"},           # [inferred]: the code has no recipe for it
@@ -272,24 +276,24 @@ PRESETS = {
 }
 FLAGS = {
     "student_steps": "student steps an epoch",
+    "latent_dim": "length of z",
+    "generator_width": "channels of the generator's first layers; the last has half of them",
+    "lr_generator": "Adam, constant",
+    "generator_epochs": "phase 1: its epochs; a reference is remembered once in each",
+    "generator_steps": "phase 1: generator steps an epoch",
+    "synthesis_batch_size": "phase 1: batch size, both halves together",
     "student_optimizer": ("adam (AdamW, which without weight decay is Adam) or sgd (momentum 0.9)", ("adam", "sgd")),
     "lr_student": "of the student's optimizer, at the start",
     "weight_decay": "of the student",
     "schedule": ("of the student's lr: constant; steps, a tenth at 0.8 of the epochs; cosine to 0", ("constant", "steps", "cosine")),
     "temperature": "of the student's KL",
-    "generator_epochs": "phase 1: its epochs; a reference is remembered once in each",
-    "generator_steps": "phase 1: generator steps an epoch",
-    "synthesis_batch_size": "phase 1: batch size, both halves together",
-    "latent_dim": "length of z",
-    "generator_width": "channels of the generator's first layers; the last has half of them",
-    "lr_generator": "Adam, constant",
-    "diversity": ("ds: answers over images, RDSKD; ms: latents over images, mode seeking; none", ("ds", "ms", "none")),
-    "penalty": ("exp: e^(rise) of certainty and spread, RDSKD; fixed: the losses themselves", ("exp", "fixed")),
-    "reference": ("what a rise is measured from: the loss at the second step of this epoch, or at the previous step",
-                  ("epoch", "previous")),
     "oh": "weight of the teacher's CE with its own first choice",
     "ie": "weight of the class entropy of a batch",
     "diversity_weight": "weight of the diversity term",
+    "diversity": ("ds: answers over images, RDSKD; ms: latents over images, mode seeking; none", ("ds", "ms", "none")),
+    "penalty": ("exp: e^(rise) of certainty and spread, RDSKD; fixed: the losses themselves", ("exp", "fixed")),
+    "reference": ("what a rise is measured from: the loss at the latest second step of an epoch, or at the previous step",
+                  ("epoch", "previous")),
 }
 TEXT_FLAGS = {"generator": "phase 1's file [checkpoints/TEACHER.rdskd-DIVERSITY-PENALTY-seedN.pt]"}
 GENERATOR_SETTINGS = ("seed", "generator_epochs", "generator_steps", "synthesis_batch_size", "latent_dim", "generator_width",
@@ -314,6 +318,8 @@ def stored_generator(run, settings):
 @command_line
 def main(argv=None):
     settings = read_settings(argv, "rdskd", __doc__, PRESETS, FLAGS, TEXT_FLAGS)
+    if settings.synthesis_batch_size % 2:
+        raise BadInput(f"--synthesis-batch-size must be even, not {settings.synthesis_batch_size}: its halves are compared")
     run = Run("rdskd", settings)
     distill(run.teacher.model, run.student, run.data, settings, run, stored_generator(run, settings))
     run.finish()

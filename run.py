@@ -496,6 +496,7 @@ def stored_stage(run, settings, what, path, shaped_by, make):
     path = Path(path)
     made_with = dict(format=f"{run.method}-{what.split()[-1]}-2", teacher_sha256=run.teacher.sha256, **run.data._asdict(),
                      **{key: getattr(settings, key) for key in shaped_by})
+    keeper = Progress(path.with_suffix(".partial.pt"), {**made_with, "threads": settings.threads}, run)
     if path.exists():
         content = read_file(path, what)
         require_same(content.get("made_with", {}), made_with, path,
@@ -503,9 +504,9 @@ def stored_stage(run, settings, what, path, shaped_by, make):
         run.begin()
         run.replay(content["rows"])
         print(f"stage 1: {what} from {path}", flush=True)
+        keeper.forget()                                        # of a process that was killed before it could
         return content["result"]
     print(f"stage 1: {what} -> {path}", flush=True)
-    keeper = Progress(path.with_suffix(".partial.pt"), {**made_with, "threads": settings.threads}, run)
     keeper.load()                                              # refuses a half-made one of other settings
     run.begin()
     result = make(keeper)
@@ -611,6 +612,8 @@ class Run(Progress):
         for row in rows:
             self.seconds_before += sum(value for key, value in row.items() if key.startswith("seconds_"))
             self._log(row)
+            if "text" in row:
+                print(f"{row['event']}, then: {row['text']}", flush=True)
 
     def _log(self, row):
         if self.folder is None:

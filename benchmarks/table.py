@@ -21,14 +21,18 @@ def spread(values, scale=100):
 def typed(key, value):
     """A setting as it would be typed."""
     name = key.replace("_", "-")
-    return {True: f"--{name}", False: f"--no-{name}"}[value] if isinstance(value, bool) else f"--{name} {value if isinstance(value, str) else f'{value:g}'}"
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value if isinstance(value, str) else f'{value:g}'}"
 
 
 def changes(start):
     """The flags in which a run differs from its preset."""
     arguments = start["arguments"]
     preset = importlib.import_module(start["method"]).PRESETS[arguments["preset"]]
-    return " ".join(typed(key, arguments[key]) for key, value in preset.items() if arguments[key] != value)
+    if not arguments["device"].startswith("cuda"):
+        preset = {**preset, "precision": "fp32"}
+    return " ".join(typed(key, arguments[key]) for key, value in preset.items() if arguments.get(key, value) != value)
 
 
 def steps_table(speeds):
@@ -60,7 +64,7 @@ def main():
           "agreement with the teacher | calibration error | labels the teacher agrees with | runs with a collapse | seconds | seeds |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for (preset, method, flags, teacher, student), found in sorted(groups.items()):
-        ends, last = [rows[-1] for _, rows in found], [rows[-2] for _, rows in found]
+        ends, last = [rows[-1] for _, rows in found], [[row for row in rows if row["event"] == "epoch"][-1] for _, rows in found]
         seconds = "-" if flags and method == "csd" else round(statistics.mean(end["seconds"] for end in ends))
         labels = spread([row["target_acc"] for row in last]) if "target_acc" in last[0] else "-"
         collapsed = sum(any(row["event"] == "collapse" for row in rows) for _, rows in found)

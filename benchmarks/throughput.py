@@ -8,7 +8,8 @@ between the timed steps. Seconds are noise on a shared machine; the fractions an
 
 Variants:
     authors   their order of work, written anew from its description (below, per method)
-    here      the method's own `distill`, timed from one `tick` to the next
+    here      the method's own `distill`, timed from one `tick` to the next: frozen passes, channels_last, eval-mode BatchNorm as the
+              affine map that it is
 
     csd         WRN-40-2 to WRN-16-1, 32x32, 200 synthesised images, batch 128. Authors: crops in a Python loop over images, weight
                 gradients in every network, a permuted copy of each BN input for its variance in every teacher pass, a graph for
@@ -19,8 +20,8 @@ Variants:
     rdskd       ResNet-34 to ResNet-18, 32x32, batches of 512. Authors, phase 1: two teacher calls with weight gradients, a
                 state_dict and four .item() a step; phase 2: graphs of generator and teacher that are thrown away, the whole test
                 set every 10 steps.
-Where the authors score the test set, its share of one step is added to the step. --batch-size sets both batch sizes of the last
-three; on a CPU it is 32, with the test set's share in proportion.
+The scoring of the test set is added to a step by its share: the authors' cadence above, and ours, once in 120 steps. It is not in the
+numerator. --batch-size sets both batch sizes of the last three; on a CPU it is 32, with the scoring in proportion.
 """
 import argparse
 import json
@@ -39,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import csd
 import dafl
 import rdskd
-from common import DATASETS, batchnorms, build_model, first_linear, last_linear, normalize, recorded_inputs, seeded
+from common import DATASETS, autocast, batchnorms, build_model, first_linear, frozen, last_linear, normalize, recorded_inputs, seeded
 from run import compile_networks, device_name, set_up_device, versions
 
 SIZE = 2048
@@ -219,7 +220,7 @@ def csd_authors(watch, options, laps):
 
 
 # -------------------------------------------------------------------------------------------------------- dafl and rdskd
-TEST_SET, SCORED = 10_000, 64          # its size; images of one timed scoring
+TEST_SET = 10_000
 
 
 def generator_setting(method, preset, options, device):
@@ -237,7 +238,8 @@ def generator_setting(method, preset, options, device):
 
 def generator_here(method, preset):
     def variant(watch, options, laps):
-        teacher, student, data, settings, _ = generator_setting(method, preset, {**options, "student_steps": laps, "generator_steps": laps}, watch.device)
+        options = {**options, "student_steps": laps, "generator_steps": laps}
+        teacher, student, data, settings, full = generator_setting(method, preset, options, watch.device)
         if options["compile"]:
             compile_networks(teacher, student)
         teacher, student = teacher.to(memory_format=torch.channels_last), student.to(memory_format=torch.channels_last)
@@ -247,15 +249,25 @@ def generator_here(method, preset):
             rdskd.distill(teacher, student, data, settings, watch, generator)
         else:
             dafl.distill(teacher, student, data, settings, watch)
+        watch.start()
+        with frozen(student):
+            for _ in range(laps):
+                score(watch, student, data, settings, full, 120)
     return variant
 
 
-def score(watch, student, data):
+def score(watch, student, data, settings, full, every):
+    """One lap of scoring some images; the whole test set every `every` steps of `full` images is what belongs to one step."""
+    scored = 1024 if watch.device.type == "cuda" else 64
+    images = torch.randn(scored, *data.image_shape, device=watch.device)
+    mode = student.training
+    watch.start()
     student.eval()
-    with torch.no_grad():
-        student(torch.randn(SCORED, *data.image_shape, device=watch.device)).argmax(1).eq(0).sum().item()
+    with torch.no_grad(), autocast(settings, watch.device):
+        student(images).argmax(1).eq(0).sum().item()
     watch.lap("evaluation")
-    student.train()
+    student.train(mode)
+    watch.shares["distillation"] = "evaluation", TEST_SET / every * settings.batch_size / full / scored
 
 
 def dafl_authors(preset):
@@ -263,22 +275,24 @@ def dafl_authors(preset):
         teacher, student, data, settings, full = generator_setting(dafl, preset, options, watch.device)
         generator = dafl.Generator(settings.latent_dim, data.image_shape, settings.generator_width).to(watch.device)
         optimizer_g = torch.optim.Adam(generator.parameters(), settings.lr_generator)
-        optimizer_s = torch.optim.SGD(student.parameters(), settings.lr_student, 0.9, weight_decay=5e-4)
+        optimizer_s = (torch.optim.SGD(student.parameters(), settings.lr_student, 0.9, weight_decay=5e-4)
+                       if settings.student_optimizer == "sgd" else torch.optim.Adam(student.parameters(), settings.lr_student))
         layer = first_linear(teacher)
-        watch.shares["distillation"] = "evaluation", TEST_SET / 120 * settings.batch_size / full / SCORED
         with recorded_inputs([layer]) as seen:
             watch.start()
             for _ in range(laps):
                 z = torch.randn(settings.batch_size, settings.latent_dim).to(watch.device)
                 optimizer_g.zero_grad(), optimizer_s.zero_grad()
-                images = generator(z)
-                logits = teacher(images)
+                with autocast(settings, watch.device):
+                    images = generator(z).float()
+                    logits = teacher(images).float()
+                    student_logits = student(images.detach()).float()
                 loss = (settings.oh * dafl.one_hot_loss(logits) + settings.ie * dafl.information_entropy_loss(logits)
-                        + settings.act * dafl.activation_loss(seen[layer]) + dafl.kd_loss(student(images.detach()), logits.detach(), 1.0))
+                        + settings.act * dafl.activation_loss(seen[layer].float()) + dafl.kd_loss(student_logits, logits.detach(), 1.0))
                 loss.backward()
                 optimizer_g.step(), optimizer_s.step()
                 watch.lap("distillation")
-                score(watch, student, data)
+                score(watch, student, data, settings, full, 120)
     return variant
 
 
@@ -290,8 +304,9 @@ def rdskd_authors(watch, options, laps):
     watch.start()
     for _ in range(laps):
         generator.state_dict(), optimizer_g.zero_grad()
-        images = generator(torch.randn(settings.batch_size, settings.latent_dim).to(watch.device))
-        logits = torch.cat([teacher(half) for half in images.chunk(2)])
+        with autocast(settings, watch.device):
+            images = generator(torch.randn(settings.batch_size, settings.latent_dim).to(watch.device)).float()
+            logits = torch.cat([teacher(half).float() for half in images.chunk(2)])
         terms = rdskd.one_hot_loss(logits), rdskd.information_entropy_loss(logits), rdskd.diversity_loss(images, logits)
         loss = terms[0].exp() + terms[1].exp() + terms[2]
         loss.backward()
@@ -299,14 +314,15 @@ def rdskd_authors(watch, options, laps):
         [term.item() for term in (*terms, loss)]
         watch.lap("synthesis")
     generator.eval()
-    watch.shares["distillation"] = "evaluation", TEST_SET / 10 * settings.batch_size / full / SCORED
     for _ in range(laps):
         optimizer_s.zero_grad()
-        images = generator(torch.randn(settings.batch_size, settings.latent_dim).to(watch.device)).detach()
-        rdskd.kd_loss(student(images), teacher(images).detach(), settings.temperature).backward()
+        with autocast(settings, watch.device):
+            images = generator(torch.randn(settings.batch_size, settings.latent_dim).to(watch.device)).float().detach()
+            teacher_logits, student_logits = teacher(images).float().detach(), student(images).float()
+        rdskd.kd_loss(student_logits, teacher_logits, settings.temperature).backward()
         optimizer_s.step()
         watch.lap("distillation")
-        score(watch, student, data)
+        score(watch, student, data, settings, full, 10)
 
 
 # method: (FLOPs of the frozen steps or None = count `here`, variants)
@@ -319,11 +335,11 @@ METHODS = {
 
 
 def count_flops(variant, batch, device):
-    """{phase: FLOPs of one lap} of a variant at `batch`, counted at a batch of 8 and scaled."""
+    """{phase: (FLOPs of one lap, with its share of scoring)} of a variant at `batch`, counted at a batch of 8 and scaled."""
     with FlopCounterMode(display=False) as mode:
         watch = FlopWatch(device, mode)
         variant(watch, dict(precision="fp32", compile=False, batch=8), 1)
-    return {phase: watch.median(phase) * batch / 8 for phase in watch.seconds if phase != "evaluation"}
+    return {phase: (laps[0] * batch / 8, watch.median(phase) * batch / 8) for phase, laps in watch.seconds.items() if phase != "evaluation"}
 
 
 def main(argv=None):
@@ -343,21 +359,23 @@ def main(argv=None):
     full = 512 if settings.method in ("rdskd", "dafl-mnist") else 1024
     batch = settings.batch_size or (full if device.type == "cuda" else 32)
     done = {} if count else {name: count_flops(variant, batch, device) for name, variant in variants.items()}
-    flops = count(device) if count else done["here"]
+    flops = count(device) if count else {phase: work for phase, (work, _) in done["here"].items()}
     print(f"{settings.method} on {device_name(device)}, {settings.precision}: " +
           ", ".join(f"one {name} step = {value / 1e9:.0f} GFLOP frozen" for name, value in flops.items()))
     print(f"{'variant':>10s} {'phase':>13s} {'seconds':>9s} {'GFLOP/s':>9s} {'products':>9s} {'fraction':>9s} {'GFLOP done':>11s}")
     for name, variant in variants.items():
         watch = Stopwatch(device, settings.precision)
-        variant(watch, dict(precision=settings.precision, compile=settings.compile, **({} if count else {"batch": batch})), settings.laps + 1)
+        options = dict(precision=settings.precision, compile=settings.compile, **({} if count else {"batch": batch}))
+        variant(watch, options, settings.laps + 1)
         ceiling = statistics.median(watch.products)
-        row = dict(method=settings.method, variant=name, device=device_name(device), precision=settings.precision, compile=settings.compile,
+        row = dict(method=settings.method, variant=name, device=device_name(device), precision=settings.precision,
+                   compile=settings.compile and name == "here",      # the authors' code is never compiled
                    versions=versions(), ceiling_gflops=round(ceiling / 1e9, 1), **({} if count else {"batch_size": batch}))
         for phase, work in flops.items():
             seconds = watch.median(phase)
             row[phase] = dict(seconds=round(seconds, 4), gflop=round(work / 1e9, 1), fraction=round(work / seconds / ceiling, 3))
             if done:
-                row[phase]["gflop_done"] = round(done[name][phase] / 1e9, 1)
+                row[phase]["gflop_done"] = round(done[name][phase][1] / 1e9, 1)
             print(f"{name:>10s} {phase:>13s} {seconds:9.3f} {work / seconds / 1e9:9.1f} {ceiling / 1e9:9.1f} "
                   f"{work / seconds / ceiling:9.2f} {row[phase].get('gflop_done', math.nan):11.1f}", flush=True)
         if settings.log:

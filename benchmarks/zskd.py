@@ -13,17 +13,20 @@ holds for similar. The student then learns from these "data impressions", strong
 Run    python benchmarks/zskd.py --dataset digits
 Copy   soft_ce_loss, class_similarity, concentrations, synthesize_impressions, distill
 Letters   N batch, K classes, C H W image, D features, M impressions.
-Sources   [code] the authors' code (TensorFlow 1) · [paper] through others' notes · [inferred] a choice made here.
+Sources   [code] the authors' code (TensorFlow 1), vcl-iisc/ZSKD, commit 54c855f · [paper] through others' notes · [inferred] a choice
+       made here. Ports: Sharpiless/ZSKD-pytorch 4fab2c6, ljrprocc/DataFree.
 
 Where paper, authors' code and this file differ
  1. Half of the impressions are drawn with β = 1, half with 0.1 [paper]. In the authors' code 0.1 has no effect: a later
     normalisation undoes it. The paper is followed.
- 2. The code begins a class's next batch from the last one's images and Adam state. Here all impressions begin from noise of their
-    own, and their Adams do not know of each other: they can be fitted side by side in any order.
- 3. The authors' lr 0.001 moves a pixel by 1.5 at most in 1,500 steps. PyTorch ports take 2 or 3. Preset "cifar10" has the authors'.
- 4. The code rescales the whole batch of images to [0, 1] after every step. Followed, batch by batch.
- 5. The authors' augmentation draws from a list of scales, shifts, rotations, flips and noises. Here one affine map and Gaussian
-    noise an image cover scale, shift, rotation and noise [inferred].
+ 2. The code begins a class's next batch from the last one's images and Adam state, and a batch holds one class. Here every batch
+    begins from noise and a fresh Adam, and classes and both β are mixed in it.
+ 3. The authors' lr 0.001 moves a pixel by 1.5 at most in 1,500 steps. The ports take 3 and 2, on normalised images that begin as
+    Gaussian noise. Presets "cifar10" and "mnist" have the authors'.
+ 4. The code rescales the whole batch of images to [0, 1] after every step. Followed; images of one batch share that.
+ 5. The authors' augmentation draws from a list of scales, shifts, rotations, flips, transpositions and noises. Here one affine map and
+    Gaussian noise an image cover scale, shift and rotation; flips come from the data set alone, with its crop; no
+    transposition and no salt and pepper [inferred].
 """
 import math
 import sys
@@ -33,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (Means, Shuffled, augment, autocast, cosine, frozen, last_linear, newest_by_class, normalize,  # noqa: E402
+from common import (BadInput, Means, Shuffled, augment, autocast, cosine, frozen, last_linear, newest_by_class, normalize,  # noqa: E402
                     report_collapse, set_lr, steps)
 from run import Run, command_line, read_settings  # noqa: E402
 
@@ -52,7 +55,7 @@ def class_similarity(weight):
 
 
 def concentrations(similarity, scale):
-    """A Dirichlet's α a class: each row of the similarity stretched to [0, 1], times β, plus 1e-4 [code].   (K, K) -> (K, K)"""
+    """A Dirichlet's α a class: each row of the similarity stretched to [0, 1], times β, [paper] plus 1e-4 [code].   (K, K) -> (K, K)"""
     low, high = similarity.min(1, keepdim=True).values, similarity.max(1, keepdim=True).values
     return scale * (similarity - low) / (high - low) + 1e-4
 
@@ -93,7 +96,7 @@ def distill(teacher, student, data, settings, run=None):
     rng, cpu_rng = torch.Generator(device).manual_seed(settings.seed), torch.Generator().manual_seed(settings.seed)
     each = settings.impressions // data.num_classes
     targets = draw_targets(last_linear(teacher).weight, each, cpu_rng).to(device)         # (M, K)
-    order = torch.randperm(len(targets), generator=cpu_rng).to(device)                    # every batch holds every class
+    order = torch.randperm(len(targets), generator=cpu_rng).to(device)                    # classes and both β mixed in every batch
     targets, count = targets[order], len(targets)
     pixels = torch.rand(count, *data.image_shape, generator=rng, device=device)
     size, batches = settings.synthesis_batch_size, math.ceil(count / settings.synthesis_batch_size)
@@ -103,8 +106,8 @@ def distill(teacher, student, data, settings, run=None):
                  if settings.student_optimizer == "sgd" else
                  torch.optim.AdamW(student.parameters(), settings.lr_student, weight_decay=settings.weight_decay))
     state = dict(student=student, optimizer=optimizer, image_optimizer=image_optimizer, rng=rng, pixels=pixels, x=x,
-                 order=Shuffled(rng), synthesis_means=Means("loss_oh", device=device), means=Means("loss_kd", device=device),
-                 batch=0, loss_oh=0.0, epoch=0, synthesis_step=0, distillation_step=0, seconds_synthesis=0.0, seconds_distillation=0.0,
+                 order=Shuffled(rng), synthesis_means=Means("loss_ce", device=device), means=Means("loss_kd", device=device),
+                 batch=0, loss_ce=0.0, epoch=0, synthesis_step=0, distillation_step=0, seconds_synthesis=0.0, seconds_distillation=0.0,
                  images_synthesized=0, student_steps=0, teacher_queries=0)
     if run:
         run.restore(state)
@@ -160,7 +163,7 @@ def distill(teacher, student, data, settings, run=None):
         if run:
             pixel_std = report_collapse(run, pixels, epoch=epoch)
             samples = newest_by_class((255 * pixels).to(torch.uint8), targets.argmax(1), data.num_classes)
-            run.report(epoch=epoch, loss_oh=state["loss_oh"], **means, pixel_std=pixel_std, samples=samples)
+            run.report(epoch=epoch, loss_ce=state["loss_ce"], **means, pixel_std=pixel_std, samples=samples)
     return pixels
 
 
@@ -171,7 +174,7 @@ CIFAR10 = dict(   # [code] CIFAR-10; AlexNet there. augmentation [inferred]
     impressions=40_000, synthesis_batch_size=100, synthesis_steps=1500, lr_images=1e-3)
 PRESETS = {
     "cifar10": CIFAR10,
-    "mnist": {**CIFAR10, "impressions": 24_000},               # from memory, unverified
+    "mnist": {**CIFAR10, "impressions": 24_000},               # [inferred]; 24,000 from memory, unverified
     # [inferred]
     "digits": {**CIFAR10, "epochs": 40, "lr_student": 2e-3, "schedule": "cosine", "impressions": 2000, "synthesis_batch_size": 500,
                "synthesis_steps": 100, "lr_images": 0.1, "augmentation": 0.25},
@@ -181,8 +184,8 @@ FLAGS = {
     "lr_student": "of the student's optimizer, at the start",
     "weight_decay": "of the student",
     "schedule": ("of the student's lr: constant, or cosine to 0", ("constant", "cosine")),
-    "temperature": "τ, of targets, impressions and student",
-    "augmentation": "strength of scale, shift, rotation and noise; 1 is the authors' range",
+    "temperature": "τ, of impressions and student",
+    "augmentation": "strength of scale, shift, rotation and noise; 1 is the authors' range of scale, shift and rotation",
     "impressions": "how many images are made, over all classes",
     "synthesis_batch_size": "images fitted side by side; they share the rescaling to [0, 1]",
     "synthesis_steps": "steps on the pixels a batch",
@@ -194,7 +197,9 @@ FLAGS = {
 def main(argv=None):
     settings = read_settings(argv, "zskd", __doc__, PRESETS, FLAGS)
     run = Run("zskd", settings)
-    last_linear(run.teacher.model)
+    last_linear(run.teacher.model)                             # refuse now what distill would refuse
+    if settings.impressions < run.data.num_classes:
+        raise BadInput(f"--impressions must be at least one a class, {run.data.num_classes}, not {settings.impressions}")
     distill(run.teacher.model, run.student, run.data, settings, run)
     run.finish()
 

@@ -219,6 +219,6 @@ def test_first_linear_is_what_follows_the_convolutions():
     wide = common.build_model("wrn10_1", 10, (1, 8, 8))
     assert common.first_linear(wide) is wide.fc
     dense = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-    assert common.first_linear(dense) is dense[1]
+    assert common.first_linear(dense) is dense[3]              # no convolution: the last one
     with pytest.raises(common.BadInput, match="no nn.Linear"):
         common.first_linear(torch.nn.Conv2d(1, 1, 1))

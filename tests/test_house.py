@@ -149,8 +149,8 @@ def test_the_readmes_results_come_from_the_committed_logs():
 
 
 def test_the_docstrings_figures_are_in_the_readmes_table():
-    table = (ROOT / "README.md").read_text()
     for module, _ in METHODS.values():
+        table = "\n".join(re.findall(rf"^\| {module.__name__}, .*", (ROOT / "README.md").read_text(), re.M))
         said = re.search(r"^Run(.*?)^Copy", module.__doc__, re.S | re.M)[1]
         figures = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", said)
         assert figures and all(figure in table for figure in figures), figures

@@ -51,3 +51,14 @@ def test_the_ablations_learn_too(demo, ablation):
                    cwd=folder, check=True)
     rows = [json.loads(line) for line in (folder / "runs" / "".join(ablation) / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["student_acc_last"] > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dafl", "rdskd"])
+def test_the_generator_methods_learn_the_digits(demo, method):
+    """One seed, last epoch; 0.90 is asked of four seeds in five. The teacher is the first demo's."""
+    folder, began = demo[0], time.monotonic()
+    subprocess.run([sys.executable, str(ROOT / f"{method}.py"), "--dataset", "digits"], cwd=folder, check=True)
+    rows = [json.loads(line) for line in (folder / "runs" / f"{method}-digits-001" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["student_acc_last"] >= 0.88 and time.monotonic() - began < 6 * 60      # 3 minutes on a quiet machine
+    assert not [row for row in rows if row["event"] == "collapse"]
