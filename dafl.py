@@ -13,7 +13,8 @@ the student: nothing asks for images on which the student is still wrong, or for
                          │             └══► logits ──┐
                          └══► student ──► KL ◄───────┘ ──► gradient: student only                             (══► no gradient)
 
-Run    python dafl.py --dataset digits
+Run    python dafl.py --dataset digits      seeds 0-4, last epoch: student 94.78 ± 1.75 %, teacher 98.89 %, 134 s a run after the
+                                            teacher's half minute, two CPU threads (benchmarks/results/dafl-digits-seed*.jsonl)
        python dafl.py --teacher resnet34 --student resnet18      CIFAR-10, the authors' numbers, for a GPU; not run, no number here
 Copy   kd_loss, one_hot_loss, information_entropy_loss, activation_loss, Generator, distill
 Letters   N batch, K classes, C H W image, D features, L latent.

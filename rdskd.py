@@ -13,7 +13,8 @@ stands still; the student, or one student after another, learns from it.
    phase 2   z ══► G, at rest ══► images ─┬══► teacher ══► logits ──┐
                                           └──► student ──► KL ◄─────┘ ──► gradient: student only             (══► no gradient)
 
-Run    python rdskd.py --dataset digits
+Run    python rdskd.py --dataset digits     seeds 0-4, last epoch: student 94.61 ± 2.44 %, teacher 98.89 %, 98 s a run after the
+                                            teacher's half minute, two CPU threads (benchmarks/results/rdskd-digits-seed*.jsonl)
        python rdskd.py --teacher resnet34 --student resnet18     CIFAR-10, the authors' numbers, for a GPU; not run, no number here
 Copy   kd_loss, one_hot_loss, information_entropy_loss, diversity_loss, mode_seeking_loss, increment_penalty, Generator,
        train_generator, distill
