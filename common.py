@@ -70,6 +70,7 @@ DATASETS = {
     # trained with it, and BatchNorm statistics only mean something with the constants that they were taken with.
     "cifar10": DataSpec((3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), crop=4, flip=True),
     "cifar100": DataSpec((3, 32, 32), 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), crop=4, flip=True),
+    "imagenet": DataSpec((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=28, flip=True),    # no images here
 }
 NO_DOWNLOAD = "for a run that needs no download, type: --dataset digits"
 
@@ -91,6 +92,8 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
     if name not in DATASETS:
         raise BadInput(f"unknown data set '{name}'; choose from {dataset_names()}")
     data = DATASETS[name]
+    if name == "imagenet":
+        raise BadInput("ImageNet's images are not read here; the name is for synthesis with a teacher of torchvision's")
     if name == "digits":
         import numpy
         from sklearn.datasets import load_digits
@@ -704,7 +707,7 @@ def newest_by_class(pixels, labels, num_classes, each=8):
 
 
 def report_collapse(run, pixels, pseudo_labels=None, low_entropy_steps=0, **where):
-    """A row of its own when a batch, `pixels` in [0, 1], shows that its generator collapsed. -> the deviation between its images
+    """A row of its own when a batch, `pixels` in [0, 1], shows that its synthesis collapsed. -> the deviation between its images
 
     One image (2 or 3 of 255 grey levels apart), one class for the teacher (`pseudo_labels`, (N,)), or the entropy of the batch's mean
     prediction under half of log K for the last 50 steps or more: `low_entropy_steps`, which the caller counts.
@@ -718,7 +721,7 @@ def report_collapse(run, pixels, pseudo_labels=None, low_entropy_steps=0, **wher
         found.append(f"the entropy of its classes is under half of the largest for {int(low_entropy_steps)} steps")
     if found:
         at = " ".join(f"{key.replace('_', ' ')} {value}" for key, value in where.items())
-        run.report(event="collapse", **where, pixel_std=pixel_std, text=f"{at}: the generator collapsed: {', '.join(found)}")
+        run.report(event="collapse", **where, pixel_std=pixel_std, text=f"{at}: the synthesis collapsed: {', '.join(found)}")
     return pixel_std
 
 

@@ -217,6 +217,8 @@ RECIPES = {"digits": (40, 128), "mnist": (10, 256), "mnist28": (10, 256), "fashi
 
 def recipe_of(arch, dataset, epochs=None, batch_size=None):
     """How `arch` is trained on `dataset`: a dict that goes into the teacher's file and is compared when the file is reused."""
+    if dataset.partition(":")[0] not in RECIPES:
+        raise BadInput(f"no teacher is trained on {dataset} here; name a file, or type --teacher torchvision:resnet50")
     usual_epochs, usual_batch = RECIPES[dataset.partition(":")[0]]
     plain = re.fullmatch("lenet5(_half)?", arch)
     return dict(epochs=epochs or usual_epochs, batch_size=batch_size or usual_batch, optimizer="adam" if plain else "sgd",
@@ -361,9 +363,8 @@ def is_file_name(name):
 
 
 # -------------------------------------------------------------------------------------------------- flags and presets
-PAIRS = {"digits": ("wrn16_2", "wrn16_1"), "svhn": ("wrn40_2", "wrn16_1"), "mnist": ("lenet5", "lenet5_half"),
-         "mnist28": ("lenet5", "lenet5_half"), "fashion_mnist": ("lenet5", "lenet5_half"),
-         "fashion_mnist28": ("lenet5", "lenet5_half")}     # others: resnet34 to resnet18
+PAIRS = {"digits": ("wrn16_2", "wrn16_1"), "svhn": ("wrn40_2", "wrn16_1"), "imagenet": ("torchvision:resnet50", "torchvision:resnet18"),
+         **dict.fromkeys(("mnist", "mnist28", "fashion_mnist", "fashion_mnist28"), ("lenet5", "lenet5_half"))}   # else resnet34, resnet18
 
 
 class _Parser(argparse.ArgumentParser):
@@ -418,8 +419,9 @@ def read_settings(argv, method, doc, presets, flags, own=None):
         kind, few = type(next(iter(values.values()))), len(set(values.values())) == 1
         shown = next(iter(values.values())) if few else ", ".join(f"{key} {value}" for key, value in values.items())
         text, choices = (text, None) if isinstance(text, str) else text
+        above_0 = "0 = " not in text if kind is int else name.startswith("lr_") or name == "temperature"
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(choices=choices) if kind is str else
-               dict(type=_number(kind, kind is int or name.startswith("lr_") or name == "temperature")))
+               dict(type=_number(kind, above_0)))
         parser.add_argument("--" + name.replace("_", "-"), help=f"{text} [{shown}]".replace("%", "%%"), **how)
     args = parser.parse_args(argv)
 
@@ -499,8 +501,7 @@ def stored_stage(run, settings, what, path, shaped_by, make):
     keeper = Progress(path.with_suffix(".partial.pt"), {**made_with, "threads": settings.threads}, run)
     if path.exists():
         content = read_file(path, what)
-        require_same(content.get("made_with", {}), made_with, path,
-                     f"name another file with --{what.split()[-1]}, or move this one away")
+        require_same(content.get("made_with", {}), made_with, path, f"name another file with --{what.split()[-1]}, or move this one away")
         run.begin()
         run.replay(content["rows"])
         print(f"stage 1: {what} from {path}", flush=True)
@@ -521,13 +522,15 @@ class Run(Progress):
 
     Whatever can be refused is refused before the folder is made. The test set is seen by this class alone.
     """
-    def __init__(self, method, settings):
+    def __init__(self, method, settings, scored=True):
         device = set_up_device(settings)
         self.settings, self.device, self.method = settings, device, method
         self._check_folder()
         self.test, self.data = None, None
         if settings.dataset == "none":
             self.data = DataSpec(**read_classifier(settings.teacher)["data"])
+        elif not scored or settings.dataset == "imagenet":   # no test set to see
+            self.data = dataset_spec(settings)
         else:
             self.test, self.data = load_dataset(settings.dataset, False, settings.data_dir, device)
         with seeded(settings.seed):                          # before the teacher, whose training may take hours
@@ -573,8 +576,8 @@ class Run(Progress):
 
     def _check_folder(self):
         out = self.settings.out
-        if out and not self.settings.resume and any(
-                Path(out, name).exists() for name in ("log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "student.pt", "samples.png")):
+        if out and not self.settings.resume and any(Path(out, name).exists() for name in (
+                "log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "student.pt", "samples.png", "images.pt")):
             raise BadInput(f"{out} holds a run already; name another folder, or go on with it by --resume")
         if out and Path(out, "log.jsonl").is_file() and '"event": "end"' in Path(out, "log.jsonl").read_text():
             raise BadInput(f"the run in {out} is finished; its result is the last line of {Path(out, 'log.jsonl')}")
@@ -637,6 +640,7 @@ class Run(Progress):
                 logits = predict(self.student, self.test, self.data)
                 row.update(student_acc=accuracy(logits, self.test.labels), agreement=agreement(logits, self.teacher_logits),
                            seconds_evaluation=round(time.perf_counter() - began, 3))
+        if event in ("epoch", *STAGES):
             row.update(self.counters())
         if samples is not None:
             save_samples(self.folder / "samples.png", samples)
@@ -657,19 +661,24 @@ class Run(Progress):
             print(" ".join(f"{key:>{max(8, len(key))}s}" for key in self.columns[1]))
         print(" ".join(f"{_shown(row[key]):>{max(8, len(key))}s}" for key in self.columns[1]), flush=True)
 
-    def finish(self):
+    def finish(self, result=None):
         """Score the last epoch's student, write the last checkpoint, student.pt and then the end row; print the result.
 
         In this order: whoever is killed in between resumes from the checkpoint and ends the same; with the end row all is there.
+        `result`: what came out of a run that trained no student, a line for the screen.
         """
         self.save(self.state)
+        cost = dict(seconds=round(self.seconds(), 1), peak_memory_mb=peak_memory_mb(self.device))
+        if result:
+            self._log(dict(event="end", teacher_acc=self.teacher_acc, **cost))
+            print(f"{result}, {cost['seconds']:.0f} s", flush=True)
+            return
         epochs = [row for row in self.rows if row["event"] == "epoch"]
         scores = [row["student_acc"] for row in epochs if row["student_acc"] is not None]
         logits = predict(self.student, self.test, self.data) if self.test else None
         row = dict(event="end", teacher_acc=self.teacher_acc, student_acc_last=epochs[-1]["student_acc"],
                    student_acc_best=max(scores, default=None), agreement=epochs[-1]["agreement"],
-                   ece=expected_calibration_error(logits, self.test.labels) if self.test else None,
-                   seconds=round(self.seconds(), 1), peak_memory_mb=peak_memory_mb(self.device))
+                   ece=expected_calibration_error(logits, self.test.labels) if self.test else None, **cost)
         save_classifier(self.folder / "student.pt", self.student, self.settings.student, self.data, self.settings.dataset,
                         test_acc=row["student_acc_last"], teacher_sha256=self.teacher.sha256, method=self.method)
         self._log(row)
@@ -704,8 +713,8 @@ def peak_memory_mb(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))
 
 
-def save_samples(path, samples):
-    """samples (K, n, C, H, W) uint8 -> a PNG, one row a class with its number, small images enlarged without smoothing."""
+def save_samples(path, samples, labels=None):
+    """samples (K, n, C, H, W) uint8 -> a PNG, one row a class with its number or `labels`; small images enlarged, not smoothed."""
     from PIL import Image, ImageDraw
     classes, each, channels, height, width = samples.shape
     scale = max(1, 40 // height)
@@ -713,8 +722,8 @@ def save_samples(path, samples):
     grid = torchvision.utils.make_grid(sheet.flatten(0, 1), nrow=each, padding=2, pad_value=255)      # (3, rows, columns)
     picture = Image.new("RGB", (grid.shape[2] + 24, grid.shape[1]), "white")
     picture.paste(Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()), (24, 0))
-    for label in range(classes):
-        ImageDraw.Draw(picture).text((4, label * (height * scale + 2) + height * scale // 2 - 4), str(label), fill="black")
+    for row, label in enumerate(labels or range(classes)):
+        ImageDraw.Draw(picture).text((4, row * (height * scale + 2) + height * scale // 2 - 4), str(label), fill="black")
     write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
 

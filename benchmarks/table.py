@@ -41,7 +41,7 @@ def steps_table(speeds):
           "GFLOP done (frozen) | matrix products, GFLOP/s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in speeds:
-        order = {"authors": "the authors', written anew", "here": f"`{row['method'].partition('-')[0]}.distill`"}[row["variant"]]
+        order = {"authors": "the authors', written anew", "here": f"`{row['method'].partition('-')[0]}.py`"}[row["variant"]]
         cells = []
         for phase in ("synthesis", "distillation"):
             found = row.get(phase)
@@ -76,9 +76,13 @@ def main():
     machines = sorted({rows[0]["device"] for rows in runs.values()})
     print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\n"
           "which takes half a minute on digits; those of csd's ablations are left out: some reuse the preset's bank, one ran beside the tests.")
-    speeds = [row for rows in logs.values() for row in rows if row.get("variant") and "distillation" in row]
+    speeds = [row for rows in logs.values() for row in rows if row.get("variant") in ("authors", "here")]
     if speeds:
         steps_table(speeds)
+    for row in (row for rows in logs.values() for row in rows if row.get("variant") == "stranger"):
+        print(f"\nA stranger, {row['model']} of seed {row['seed']} ({100 * row['test_acc']:.2f} % on the test set), sees the asked-for class in "
+              f"{100 * row['target_acc']:.1f} % of {row['images']} images of `deepinversion.py --dataset {row['dataset']} "
+              f"--synthesize-only {row['images']}{' ' * bool(row.get('flags'))}{row.get('flags', '')}`.")
     layers = [row for rows in logs.values() for row in rows if row.get("variant") == "frozen_batchnorm"]
     if layers:
         print("\n| milliseconds, forward and backward, channels_last | conv 3x3 | PyTorch's BN, eval | with statistics | here: BN | with statistics |")

@@ -20,8 +20,11 @@ Variants:
     rdskd       ResNet-34 to ResNet-18, 32x32, batches of 512. Authors, phase 1: two teacher calls with weight gradients, a
                 state_dict and four .item() a step; phase 2: graphs of generator and teacher that are thrown away, the whole test
                 set every 10 steps.
+    deepinversion  one synthesis step, ResNet-34, 32x32, batches of 256. Authors, in their first call (each later call of their script
+                registers its hooks once more): weight gradients, a permuted copy of each BN input for its variance, terms of
+                weight 0, two .item() a step.
 The scoring of the test set is added to a step by its share: the authors' cadence above, and ours, once in 120 steps. It is not in the
-numerator. --batch-size sets both batch sizes of the last three; on a CPU it is 32, with the scoring in proportion.
+numerator. --batch-size sets all batch sizes of the last four; on a CPU it is 32, with the scoring in proportion.
 """
 import argparse
 import json
@@ -39,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import csd
 import dafl
+import deepinversion
 import rdskd
 from common import DATASETS, autocast, batchnorms, build_model, first_linear, frozen, last_linear, normalize, recorded_inputs, seeded
 from run import compile_networks, device_name, set_up_device, versions
@@ -325,12 +329,57 @@ def rdskd_authors(watch, options, laps):
         score(watch, student, data, settings, full, 10)
 
 
+# ------------------------------------------------------------------------------------------------------ deepinversion
+def deepinversion_setting(options, device):
+    data = DATASETS["cifar10"]
+    with seeded(0):
+        teacher = build_model("resnet34", 10, data.image_shape)
+    settings = SimpleNamespace(**{**deepinversion.PRESETS["cifar10"], **options, "initial_batches": 1}, seed=0)
+    settings.synthesis_batch_size = options["batch"] or (256 if device.type == "cuda" else 32)
+    return teacher.to(device).eval(), data, settings
+
+
+def deepinversion_here(watch, options, laps):
+    teacher, data, settings = deepinversion_setting({**options, "synthesis_steps": laps}, watch.device)
+    if options["compile"]:
+        compile_networks(teacher)
+    deepinversion.synthesize_pool(teacher.to(memory_format=torch.channels_last), data, settings, watch)
+
+
+def deepinversion_authors(watch, options, laps):
+    teacher, data, settings = deepinversion_setting(options, watch.device)
+    x = torch.randn(settings.synthesis_batch_size, *data.image_shape, device=watch.device, requires_grad=True)
+    targets = torch.arange(len(x), device=watch.device) % 10
+    optimizer, distances = torch.optim.Adam([x], settings.lr_images), {}
+
+    def measure(layer, inputs):
+        h = inputs[0].float()
+        variance = h.permute(1, 0, 2, 3).contiguous().view(h.shape[1], -1).var(1, unbiased=False)
+        distances[layer] = torch.norm(layer.running_var - variance, 2) + torch.norm(layer.running_mean - h.mean((0, 2, 3)), 2)
+    hooks = [layer.register_forward_pre_hook(measure) for layer in batchnorms(teacher)]
+    watch.start()
+    for _ in range(laps):
+        images = torch.roll(x, tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3))
+        optimizer.zero_grad(), teacher.zero_grad()
+        with autocast(settings, watch.device):
+            logits = teacher(images).float()
+        loss = (F.cross_entropy(logits, targets) + settings.tv * deepinversion.tv_loss(images) + settings.bn * sum(distances.values())
+                + 0.0 * deepinversion.l2_loss(images))
+        loss.item(), loss.item()
+        loss.backward()
+        optimizer.step()
+        watch.lap("synthesis")
+    for hook in hooks:
+        hook.remove()
+
+
 # method: (FLOPs of the frozen steps or None = count `here`, variants)
 METHODS = {
     "csd": (csd_flops, {"authors": csd_authors, "here": csd_here}),
     "dafl": (None, {"authors": dafl_authors("cifar10"), "here": generator_here(dafl, "cifar10")}),
     "dafl-mnist": (None, {"authors": dafl_authors("mnist"), "here": generator_here(dafl, "mnist")}),
     "rdskd": (None, {"authors": rdskd_authors, "here": generator_here(rdskd, "cifar10")}),
+    "deepinversion": (None, {"authors": deepinversion_authors, "here": deepinversion_here}),
 }
 
 
@@ -351,12 +400,12 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--log", help="append the result to this file, one JSON line a variant")
-    parser.add_argument("--batch-size", type=int, default=0, help="of the generator methods [32 on a CPU, else the preset's]")
+    parser.add_argument("--batch-size", type=int, default=0, help="of all methods but csd [32 on a CPU, else the preset's]")
     settings = parser.parse_args(argv)
     settings.deterministic = False
     device = set_up_device(settings)
     count, variants = METHODS[settings.method]
-    full = 512 if settings.method in ("rdskd", "dafl-mnist") else 1024
+    full = {"rdskd": 512, "dafl-mnist": 512, "deepinversion": 256}.get(settings.method, 1024)
     batch = settings.batch_size or (full if device.type == "cuda" else 32)
     done = {} if count else {name: count_flops(variant, batch, device) for name, variant in variants.items()}
     flops = count(device) if count else {phase: work for phase, (work, _) in done["here"].items()}

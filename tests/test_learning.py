@@ -54,11 +54,11 @@ def test_the_ablations_learn_too(demo, ablation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dafl", "rdskd"])
-def test_the_generator_methods_learn_the_digits(demo, method):
-    """One seed, last epoch; 0.90 is asked of four seeds in five. The teacher is the first demo's."""
+@pytest.mark.parametrize("method, least", [("dafl", 0.88), ("rdskd", 0.88), ("deepinversion", 0.95)])
+def test_the_other_methods_learn_the_digits(demo, method, least):
+    """One seed, last epoch, a little under what is asked of several seeds. The teacher is the first demo's."""
     folder, began = demo[0], time.monotonic()
     subprocess.run([sys.executable, str(ROOT / f"{method}.py"), "--dataset", "digits"], cwd=folder, check=True)
     rows = [json.loads(line) for line in (folder / "runs" / f"{method}-digits-001" / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["student_acc_last"] >= 0.88 and time.monotonic() - began < 6 * 60      # 3 minutes on a quiet machine
+    assert rows[-1]["student_acc_last"] >= least and time.monotonic() - began < 6 * 60      # 3 minutes on a quiet machine
     assert not [row for row in rows if row["event"] == "collapse"]

@@ -241,7 +241,7 @@ def test_presets_are_found_by_data_set_and_pair_and_flags_beat_them(teacher_file
 
 
 BAD_FLAGS = [
-    ("--teacher resnet99", "unknown model 'resnet99'"), ("--student wrn16", "unknown model 'wrn16'"), ("--dataset imagenet", "unknown data set"),
+    ("--teacher resnet99", "unknown model 'resnet99'"), ("--student wrn16", "unknown model 'wrn16'"), ("--dataset imagewoof", "unknown data set"),
     ("--preset cifar99", "no preset 'cifar99'"), ("--dataset mnist", "no preset for data set 'mnist'"), ("--epochs 0", "must be above 0"),
     ("--epochs -3", "must be above 0"), ("--batch-size 0", "must be above 0"), ("--bank-rounds 0", "must be above 0"), ("--epochs ten", "invalid"),
     ("--epochs 1.5", "invalid"), ("--temperature 0", "must be above 0"), ("--csd -1", "must be at least 0"), ("--lr-student nan", "must be above 0"),

@@ -11,10 +11,10 @@ import throughput
 CPU = torch.device("cpu")
 
 
-def forward_flops(name, images):
-    model = common.build_model(name, 10, (1, 32, 32)).eval()
+def forward_flops(name, images, channels=1):
+    model = common.build_model(name, 10, (channels, 32, 32)).eval()
     with FlopCounterMode(display=False) as mode, torch.no_grad():
-        model(torch.zeros(images, 1, 32, 32))
+        model(torch.zeros(images, channels, 32, 32))
     return mode.get_total_flops()
 
 
@@ -42,3 +42,8 @@ def test_rdskds_laps_go_to_their_phases():
     assert set(authors) == set(here) == {"synthesis", "distillation"}
     assert authors["distillation"][0] == here["distillation"][0]               # the same work but for graphs and scoring
     assert authors["synthesis"][0] > 1.2 * here["synthesis"][0] and authors["distillation"][1] > 1.2 * here["distillation"][1]
+
+
+def test_the_authors_of_deepinversion_take_weight_gradients_that_nobody_reads():
+    authors, here = (throughput.count_flops(throughput.METHODS["deepinversion"][1][name], 8, CPU)["synthesis"][0] for name in ("authors", "here"))
+    assert authors - here == pytest.approx(forward_flops("resnet34", 8, 3), rel=1e-6)
