@@ -12,7 +12,7 @@ holds for similar. The student then learns from these "data impressions", strong
 
 Run    python benchmarks/zskd.py --dataset digits      seeds 0-4, last epoch: student 80.67 ± 8.15 %, teacher 98.89 %, 99 s a run, two
                                                        CPU threads (benchmarks/results/zskd-digits-seed*.jsonl)
-Copy   soft_ce_loss, class_similarity, concentrations, synthesize_impressions, distill
+Copy   soft_ce_loss, class_similarity, concentrations, draw_targets, moved, distill
 Letters   N batch, K classes, C H W image, D features, M impressions.
 Sources   [code] the authors' code (TensorFlow 1), vcl-iisc/ZSKD, commit 54c855f · [paper] through others' notes · [inferred] a choice
        made here. Ports: Sharpiless/ZSKD-pytorch 4fab2c6, ljrprocc/DataFree.

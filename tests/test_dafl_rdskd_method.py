@@ -196,6 +196,21 @@ def test_rdskd_every_term_and_reading_reaches_the_generator(changes):
     assert not equal(weights_of(trained(rdskd)[1]), weights_of(trained(rdskd, **changes)[1]))
 
 
+@pytest.mark.parametrize("method, weight, term", [
+    (dafl, "oh", "loss_oh"), (dafl, "ie", "loss_ie"), (dafl, "act", "loss_act"),
+    (rdskd, "oh", "loss_oh"), (rdskd, "ie", "loss_ie"), (rdskd, "diversity_weight", "loss_diversity")])
+def test_a_generators_term_alone_falls(method, weight, term):
+    """Its sign in distill's sum: the mean of the last epoch is under that of the first."""
+    teacher = tiny_networks()[0]
+    with torch.no_grad():
+        teacher.fc.weight.mul_(30)                             # answers that are far from uniform
+    weights = {"oh": 0.0, "ie": 0.0, **({"act": 0.0} if method is dafl else {"diversity_weight": 0.0, "penalty": "fixed"}), weight: 1.0}
+    length = dict(student_steps=30, batch_size=32) if method is dafl else dict(generator_steps=30, synthesis_batch_size=32, generator_epochs=2)
+    _, _, recorder = trained(method, teacher=teacher, lr_generator=1e-2, **weights, **length)
+    first, *_, last = [row[term] for row in recorder.rows if term in row]
+    assert last < first
+
+
 def test_rdskd_phase_2_leaves_the_generator_alone_and_runs_it_in_eval_mode():
     teacher, student, data = tiny_networks()
     generator = rdskd.train_generator(teacher, data, tiny_settings(rdskd))

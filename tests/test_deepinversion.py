@@ -222,6 +222,19 @@ def test_the_competition_reaches_the_images_made_beside_a_student(changes):
     assert torch.equal(later[:first], other[:first]) and not torch.equal(later[first:], other[first:])
 
 
+@pytest.mark.parametrize("weight, loss", [("tv", di.tv_loss), ("tv_l1", di.tv_l1_loss), ("l2", di.l2_loss)], ids=["tv", "tv_l1", "l2"])
+def test_a_prior_with_a_large_weight_makes_its_own_term_small(weight, loss):
+    teacher, _, data = tiny_networks()
+    pools = [di.synthesize_pool(teacher, data, tiny_settings(di, synthesis_steps=20, **{weight: value}))["images"].float() for value in (0.0, 1e3)]
+    assert loss(pools[1]) < 0.8 * loss(pools[0])
+
+
+def test_the_competition_pushes_teacher_and_student_apart():
+    losses = [trained(teacher=sure_teacher(), competition=value, synthesis_steps=40, epochs=1, pool_batches=3)[2].rows[-1]["loss_competition"]
+              for value in (1e-6, 1e3)]
+    assert losses[1] < losses[0] - 0.01
+
+
 def test_clip_keeps_the_valid_range():
     _, _, data = tiny_networks()
     pool = di.synthesize_pool(tiny_networks()[0], data, tiny_settings(di, clip=True, lr_images=1.0, synthesis_steps=5))

@@ -131,6 +131,8 @@ def test_generators_of_dafl_and_rdskd_are_one_and_their_files_are_read_side_by_s
 def test_the_rival_in_benchmarks_keeps_the_laws_that_matter():
     parameters = list(inspect.signature(zskd.distill).parameters)
     source = (ROOT / "benchmarks" / "zskd.py").read_text()
+    for name in re.findall(r"\w+", re.search(r"^Copy\s+(.*?)^\w", zskd.__doc__, re.S | re.M)[1]):
+        assert getattr(zskd, name).__doc__, name
     assert parameters == ["teacher", "student", "data", "settings", "run"] and not re.search("load_dataset|ImageSet|DataLoader", source)
 
 
