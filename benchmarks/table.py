@@ -52,6 +52,21 @@ def steps_table(speeds):
               f"{' | '.join(cells)} | {row['ceiling_gflops']:.0f} |")
 
 
+def curriculum_grid(runs):
+    """CuDFKD's two switches, apart: student's curriculum by row, the generator's ramp by column."""
+    cells = {}
+    for rows in runs.values():
+        arguments = rows[0]["arguments"]
+        if rows[0]["method"] == "cudfkd":
+            kind = "none" if arguments["curriculum"] == "none" else f"{arguments['curriculum']}, one weight a {arguments['granularity']}"
+            cells.setdefault((arguments["preset"], kind, arguments["ramp"]), []).append(rows[-1]["student_acc_last"])
+    for preset in sorted({key[0] for key in cells if sum(other[0] == key[0] for other in cells) > 1}):
+        print(f"\n| cudfkd, {preset}: student, last epoch | α held at its start | α rises |\n|---|---|---|")
+        for kind in sorted({key[1] for key in cells if key[0] == preset}, reverse=True):
+            found = [cells.get((preset, kind, ramp), []) for ramp in (False, True)]
+            print(f"| curriculum {kind} | " + " | ".join(f"{spread(values)} ({len(values)} seeds)" if values else "-" for values in found) + " |")
+
+
 def main():
     logs = {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(RESULTS.glob("*.jsonl"))}
     runs = {name: rows for name, rows in logs.items() if rows[0].get("event") == "start"}
@@ -73,6 +88,7 @@ def main():
               f"{spread([end['agreement'] for end in ends])} | {spread([end['ece'] for end in ends])} | "
               f"{labels} | {collapsed} of {len(found)} | {seconds} | "
               f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
+    curriculum_grid(runs)
     machines = sorted({rows[0]["device"] for rows in runs.values()})
     print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\n"
           "which takes half a minute on digits; those of csd's ablations are left out: some reuse the preset's bank, one ran beside the tests.")
@@ -90,7 +106,13 @@ def main():
         for row in layers:
             print(f"| {tuple(row['shape'])} | {row['conv']} | {row['torch_bn']} | {row['torch_bn_statistics']} | {row['here_bn']} | "
                   f"{row['here_bn_statistics']} |")
-    print("\nLogs: " + ", ".join(f"[`{name}`](benchmarks/results/{name})" for name in logs) + ".")
+    families = {}
+    for name in logs:
+        family, _, seed = name.removesuffix(".jsonl").rpartition("-seed")
+        families.setdefault(family or seed, []).append(seed if family else "")
+    print("\nLogs, in [`benchmarks/results/`](benchmarks/results): " + ", ".join(
+        f"`{family}-seed{{{','.join(seeds)}}}`" if seeds[1:] else f"`{family}{f'-seed{seeds[0]}' if seeds[0] else ''}`"
+        for family, seeds in families.items()) + ".")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ Variants:
     deepinversion  one synthesis step, ResNet-34, 32x32, batches of 256. Authors, in their first call (each later call of their script
                 registers its hooks once more): weight gradients, a permuted copy of each BN input for its variance, terms of
                 weight 0, two .item() a step.
-The scoring of the test set is added to a step by its share: the authors' cadence above, and ours, once in 120 steps. It is not in the
-numerator. --batch-size sets all batch sizes of the last four; on a CPU it is 32, with the scoring in proportion.
+    cudfkd      one round (1 generator step, 10 student steps), WRN-40-2 to WRN-16-1, 32x32, batches of 256. Authors: BN statistics with
+                copies in all 11 teacher passes, weight gradients in teacher and student in the generator's step, ten batches one by
+                one, two accuracies with .item(), a KL and a sorted batch of images a step. Without their pictures and scoring. Ours on a
+                CPU: --images-per-pass 128.
+The scoring of the test set is added to a step of dafl and rdskd by its share: the authors' cadence above, and ours, once in 120 steps.
+It is not in the numerator. --batch-size sets all batch sizes of all but csd; on a CPU it is 32, cudfkd's 256, with the scoring in proportion.
 """
 import argparse
 import json
@@ -41,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import csd
+import cudfkd
 import dafl
 import deepinversion
 import rdskd
@@ -373,6 +378,92 @@ def deepinversion_authors(watch, options, laps):
         hook.remove()
 
 
+# ------------------------------------------------------------------------------------------------------------- cudfkd
+class Rounds:
+    """A `run` that hands a lap to the watch whenever a round is over."""
+    def __init__(self, watch, round_steps):
+        self.watch, self.round_steps, self.done = watch, round_steps, 0
+
+    def restore(self, state):
+        self.watch.start()
+
+    def tick(self, state):
+        if state["distillation_step"] == self.done + self.round_steps:
+            self.done += self.round_steps
+            self.watch.lap("distillation")
+
+    def report(self, **row):
+        pass
+
+
+def cudfkd_setting(options, device):
+    data = DATASETS["cifar10"]
+    with seeded(0):
+        teacher, student = build_model("wrn40_2", 10, data.image_shape), build_model("wrn16_1", 10, data.image_shape)
+    settings = SimpleNamespace(**{**cudfkd.PRESETS["cifar10-wrn40_2-wrn16_1"], **options, "epochs": 1}, seed=0)
+    settings.lr_student = 1e-4                                 # untrained teacher: keep it tame
+    settings.batch_size = settings.synthesis_batch_size = options["batch"] or 256
+    return teacher.to(device).eval(), student.to(device), data, settings
+
+
+def cudfkd_here(watch, options, laps):
+    options = {"images_per_pass": 128 if watch.device.type == "cpu" else 2048, **options}
+    teacher, student, data, settings = cudfkd_setting(options, watch.device)
+    settings.student_steps = laps * settings.round_steps
+    if options["compile"]:
+        compile_networks(teacher, student)
+    teacher, student = teacher.to(memory_format=torch.channels_last), student.to(memory_format=torch.channels_last)
+    cudfkd.distill(teacher, student, data, settings, Rounds(watch, settings.round_steps))
+
+
+def cudfkd_authors(watch, options, laps):
+    teacher, student, data, settings = cudfkd_setting(options, watch.device)
+    device, n, distances = watch.device, settings.batch_size, {}
+    generator = cudfkd.Generator(settings.latent_dim, data.image_shape).to(device)
+    optimizer_g = torch.optim.Adam(generator.parameters(), settings.lr_generator, betas=(0.9, 0.99))
+    optimizer_s = torch.optim.SGD(student.parameters(), settings.lr_student, 0.9, weight_decay=1e-4)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (data.mean, data.std))
+
+    def measure(layer, inputs):
+        h = inputs[0].float()
+        variance = h.permute(1, 0, 2, 3).contiguous().view(h.shape[1], -1).var(1, unbiased=False)
+        distances[layer] = torch.norm(layer.running_var - variance, 2) + torch.norm(layer.running_mean - h.mean((0, 2, 3)), 2)
+    hooks = [layer.register_forward_pre_hook(measure) for layer in batchnorms(teacher)]
+    watch.start()
+    for lap in range(laps):
+        generator.train(), student.eval()
+        z = torch.randn(n, settings.latent_dim).to(device)
+        with autocast(settings, device):
+            images = (generator(z).float() - mean) / std
+            teacher_logits, student_logits = teacher(images).float(), student(images).float()
+        images.detach() * std + mean                           # made and not used
+        loss = (cudfkd.one_hot_loss(teacher_logits) + sum(distances.values()) + 20 * cudfkd.information_entropy_loss(teacher_logits, 20)
+                + 0.5 * cudfkd.adversarial_loss(student_logits, teacher_logits))
+        optimizer_g.zero_grad()
+        loss.backward()
+        optimizer_g.step()
+        loss.item()
+        generator.eval(), student.train()
+        for step in range(settings.round_steps):
+            with torch.no_grad(), autocast(settings, device):
+                images = (generator(torch.randn(n, settings.latent_dim).to(device)).float() - mean) / std
+                torch.sort(images)                             # made and not used
+                teacher_logits = teacher(images).float()
+            with autocast(settings, device):
+                student_logits = student(images).float()
+            loss = cudfkd.curriculum_loss(cudfkd.kd_losses(student_logits, teacher_logits, 20), 2.0, granularity="batch")
+            optimizer_s.zero_grad()
+            loss.backward()
+            optimizer_s.step()
+            with torch.no_grad():
+                top = student_logits.topk(5, 1).indices == teacher_logits.argmax(1)[:, None]
+                top[:, 0].float().mean().item(), top.any(1).float().mean().item()
+                F.kl_div(student_logits.log_softmax(1), teacher_logits.softmax(1), reduction="sum")
+        watch.lap("distillation")
+    for hook in hooks:
+        hook.remove()
+
+
 # method: (FLOPs of the frozen steps or None = count `here`, variants)
 METHODS = {
     "csd": (csd_flops, {"authors": csd_authors, "here": csd_here}),
@@ -380,6 +471,7 @@ METHODS = {
     "dafl-mnist": (None, {"authors": dafl_authors("mnist"), "here": generator_here(dafl, "mnist")}),
     "rdskd": (None, {"authors": rdskd_authors, "here": generator_here(rdskd, "cifar10")}),
     "deepinversion": (None, {"authors": deepinversion_authors, "here": deepinversion_here}),
+    "cudfkd": (None, {"authors": cudfkd_authors, "here": cudfkd_here}),
 }
 
 
@@ -400,13 +492,13 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--log", help="append the result to this file, one JSON line a variant")
-    parser.add_argument("--batch-size", type=int, default=0, help="of all methods but csd [32 on a CPU, else the preset's]")
+    parser.add_argument("--batch-size", type=int, default=0, help="of all methods but csd [cudfkd 256; 32 on a CPU, else the preset's]")
     settings = parser.parse_args(argv)
     settings.deterministic = False
     device = set_up_device(settings)
     count, variants = METHODS[settings.method]
-    full = {"rdskd": 512, "dafl-mnist": 512, "deepinversion": 256}.get(settings.method, 1024)
-    batch = settings.batch_size or (full if device.type == "cuda" else 32)
+    full = {"rdskd": 512, "dafl-mnist": 512, "deepinversion": 256, "cudfkd": 256}.get(settings.method, 1024)
+    batch = settings.batch_size or (full if device.type == "cuda" or settings.method == "cudfkd" else 32)
     done = {} if count else {name: count_flops(variant, batch, device) for name, variant in variants.items()}
     flops = count(device) if count else {phase: work for phase, (work, _) in done["here"].items()}
     print(f"{settings.method} on {device_name(device)}, {settings.precision}: " +

@@ -11,6 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import common  # noqa: E402
 import csd  # noqa: E402
+import cudfkd  # noqa: E402
 import dafl  # noqa: E402
 import deepinversion  # noqa: E402
 import rdskd  # noqa: E402
@@ -25,6 +26,7 @@ TINY_OF = {
     rdskd: dict(epochs=2, student_steps=3, batch_size=8, generator_epochs=2, generator_steps=3, synthesis_batch_size=8, latent_dim=6,
                 generator_width=4),
     deepinversion: dict(epochs=2, batch_size=8, student_steps=3, initial_batches=2, pool_batches=4, synthesis_batch_size=10, synthesis_steps=2),
+    cudfkd: dict(epochs=2, batch_size=8, student_steps=4, round_steps=2, synthesis_batch_size=6, images_per_pass=5, latent_dim=6, generator_width=4),
     zskd: dict(epochs=2, batch_size=8, impressions=20, synthesis_batch_size=12, synthesis_steps=2),
 }
 

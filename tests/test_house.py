@@ -11,6 +11,7 @@ import tokenize
 import pytest
 
 import csd
+import cudfkd
 import dafl
 import deepinversion
 import rdskd
@@ -18,7 +19,8 @@ import zskd
 from conftest import ROOT
 
 # method files and the most lines that each may have
-METHODS = {"csd": (csd, 500), "dafl": (dafl, 500), "rdskd": (rdskd, 500), "deepinversion": (deepinversion, 500)}
+METHODS = {"csd": (csd, 500), "dafl": (dafl, 500), "rdskd": (rdskd, 500), "deepinversion": (deepinversion, 500),
+           "cudfkd": (cudfkd, 500)}
 LIMITS = {"common": 750, "run": 750, **{name: limit for name, (_, limit) in METHODS.items()}}
 
 
@@ -109,10 +111,12 @@ def test_every_name_under_copy_exists_and_has_a_docstring(name):
 @pytest.mark.parametrize("module", [module for module, _ in METHODS.values()], ids=lambda module: module.__name__)
 def test_losses_pasted_into_an_empty_file_work(module, tmp_path):
     """With nothing but torch and einops, as a copier does it."""
-    wanted = r"\w+_loss|rotation\w*|increment_penalty|neighbour_differences"
+    wanted = r"\w+_loss|\w+_losses|curriculum_\w+|rotation\w*|increment_penalty|neighbour_differences"
+    call = ("curriculum_loss(kd_losses(torch.ones(2, 3), torch.eye(3)[:2], 4.0), 2.0)" if module is cudfkd else
+            "kd_loss(torch.ones(2, 3), torch.eye(3)[:2], 4.0)")
     losses = [inspect.getsource(function) for name, function in vars(module).items() if re.fullmatch(wanted, name)]
     code = ("import math\nimport torch\nimport torch.nn.functional as F\nfrom einops import rearrange\n" + "\n".join(losses)
-            + "\nprint(kd_loss(torch.ones(2, 3), torch.eye(3)[:2], 4.0).item())\n")
+            + f"\nprint({call}.item())\n")
     (tmp_path / "mine.py").write_text(code)
     result = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and float(result.stdout) > 0, result.stderr

@@ -47,3 +47,10 @@ def test_rdskds_laps_go_to_their_phases():
 def test_the_authors_of_deepinversion_take_weight_gradients_that_nobody_reads():
     authors, here = (throughput.count_flops(throughput.METHODS["deepinversion"][1][name], 8, CPU)["synthesis"][0] for name in ("authors", "here"))
     assert authors - here == pytest.approx(forward_flops("resnet34", 8, 3), rel=1e-6)
+
+
+def test_the_authors_of_cudfkd_take_weight_gradients_at_rest_and_ours_run_a_whole_round():
+    authors, here = (throughput.count_flops(throughput.METHODS["cudfkd"][1][name], 8, CPU)["distillation"][0] for name in ("authors", "here"))
+    wasted = forward_flops("wrn40_2", 8, 3) + forward_flops("wrn16_1", 8, 3)
+    assert authors - here == pytest.approx(wasted, rel=1e-6)
+    assert here > 11 * forward_flops("wrn40_2", 8, 3) + 30 * forward_flops("wrn16_1", 8, 3)
