@@ -48,7 +48,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, autocast, cosine, denormalize, first_linear, frozen, newest_by_class, recorded_inputs,
+from common import (BadInput, Means, autocast, build_optimizer, cosine, denormalize, first_linear, frozen, newest_by_class, recorded_inputs,
                     report_collapse, seeded, set_lr, steps)
 from run import Run, command_line, read_settings
 
@@ -137,9 +137,7 @@ def distill(teacher, student, data, settings, run=None):
     rng = torch.Generator(device).manual_seed(settings.seed)
     # AdamW without weight decay is Adam, which is what the authors take
     generator_optimizer = torch.optim.AdamW(generator.parameters(), settings.lr_generator, weight_decay=settings.generator_weight_decay)
-    optimizer = (torch.optim.SGD(student.parameters(), settings.lr_student, 0.9, weight_decay=settings.weight_decay)
-                 if settings.student_optimizer == "sgd" else
-                 torch.optim.AdamW(student.parameters(), settings.lr_student, weight_decay=settings.weight_decay))
+    optimizer = build_optimizer(student, settings.student_optimizer, settings.lr_student, settings.weight_decay)
     state = dict(student=student, generator=generator, optimizer=optimizer, generator_optimizer=generator_optimizer, rng=rng,
                  means=Means("loss_oh", "loss_ie", "loss_act", "loss_kd", device=device),
                  low_entropy_steps=torch.zeros((), device=device),
@@ -175,6 +173,8 @@ def distill(teacher, student, data, settings, run=None):
                 images, teacher_logits = draw()
                 loss_oh = one_hot_loss(teacher_logits)
                 loss_ie = information_entropy_loss(teacher_logits, settings.natural_log)
+                if features_of not in seen:
+                    raise BadInput(f"the last linear layer of {type(teacher).__name__} is never called as a module, so its features are not seen")
                 loss_act = activation_loss(seen[features_of].float(), settings.sum_activation)
                 generator_optimizer.zero_grad()
                 (settings.oh * loss_oh + settings.ie * loss_ie + settings.act * loss_act).backward()

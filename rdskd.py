@@ -50,7 +50,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, autocast, cosine, denormalize, frozen, newest_by_class, report_collapse, seeded, set_lr, steps)
+from common import (BadInput, Means, autocast, build_optimizer, cosine, denormalize, frozen, newest_by_class, report_collapse, seeded,
+                    set_lr, steps)
 from run import Run, command_line, read_settings, stored_stage
 
 
@@ -213,9 +214,7 @@ def distill(teacher, student, data, settings, run=None, generator=None):
     device = next(teacher.parameters()).device
     generator = generator or train_generator(teacher, data, settings)
     rng = torch.Generator(device).manual_seed(settings.seed ^ 2 ** 31)         # not phase 1's stream, nor that of another small seed
-    optimizer = (torch.optim.SGD(student.parameters(), settings.lr_student, 0.9, weight_decay=settings.weight_decay)
-                 if settings.student_optimizer == "sgd" else
-                 torch.optim.AdamW(student.parameters(), settings.lr_student, weight_decay=settings.weight_decay))
+    optimizer = build_optimizer(student, settings.student_optimizer, settings.lr_student, settings.weight_decay)
     state = dict(student=student, generator=generator, optimizer=optimizer, rng=rng, means=Means("loss_kd", device=device),
                  pixels=torch.zeros(settings.batch_size, *data.image_shape, device=device),    # an epoch's last batch, to be shown
                  pseudo_labels=torch.zeros(settings.batch_size, dtype=torch.long, device=device),

@@ -25,14 +25,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (DATASETS, BadInput, DataSpec, Means, Shuffled, accuracy, agreement, augment, autocast, build_model,
-                    check_model_name, cosine, dataset_names, expected_calibration_error, foreign_model, frozen, load_dataset,
-                    normalize, predict, seeded, set_lr, steps)
+from common import (DATASETS, BadInput, DataSpec, Means, Shuffled, accuracy, agreement, augment, autocast, cosine, dataset_names,
+                    expected_calibration_error, frozen, load_dataset, normalize, predict, seeded, set_lr, steps)
+from models import build_model, check_model_name, foreign_model
 
 SAVE_EVERY = 60.0     # seconds between checkpoints
 RUN_FORMAT = 1        # raised when checkpoints of an older version can no longer be continued
 CLASSIFIER_FORMAT = "distillation-classifier-1"
-STAGES = ("bank", "generator")       # events of what is made once for all students: logged with counters and seconds, as epochs are
+STAGES = ("bank", "generator", "teacher")       # events of what is made once for all students: logged with counters and seconds, as epochs are
 _signals = []         # SIGINT or SIGTERM that came: the next `tick` saves and stops
 
 
@@ -393,11 +393,12 @@ def _shared_flags(parser):
     parser.add_argument("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
 
 
-def read_settings(argv, method, doc, presets, flags, own=None):
+def read_settings(argv, method, doc, presets, flags, own=None, pairs=None):
     """The command line as one namespace: preset first, then flags. Raises BadInput for what can be refused without work.
 
     `flags`: {name: help} of the method's settings, whose types and defaults come from the presets; (help, choices) where it is
-    one of a few words. `own`: {name: help} of flags that hold a text and are no part of a preset.
+    one of a few words. `own`: {name: help} of flags that hold a text and are no part of a preset. `pairs`: {data set: (teacher, student)}
+    where the method has its own.
     """
     parser = _Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False)
     parser.add_argument("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [the set's pair]")
@@ -435,7 +436,7 @@ def read_settings(argv, method, doc, presets, flags, own=None):
     if args.dataset == "none" and not file:
         raise BadInput("--dataset none needs a --teacher file: without a data set only the file knows shape and normalisation")
     numbers_of = file.get("dataset", args.dataset) if args.dataset == "none" else args.dataset
-    pair = of_preset[1:] if len(of_preset) == 3 else PAIRS.get(numbers_of, ("resnet34", "resnet18"))
+    pair = of_preset[1:] if len(of_preset) == 3 else {**PAIRS, **(pairs or {})}.get(numbers_of, ("resnet34", "resnet18"))
     args.teacher, args.student = args.teacher or pair[0], args.student or pair[1]
     for name in [args.student] if is_file_name(args.teacher) else [args.teacher, args.student]:
         if ":" not in name:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (BadInput, DataSpec, Shuffled, accuracy, augment, build_model, cosine, frozen, load_dataset, normalize, predict,  # noqa: E402
+from common import (BadInput, DataSpec, Shuffled, accuracy, augment, cosine, frozen, load_dataset, normalize, predict,  # noqa: E402
                     seeded, set_lr)
+from models import build_model  # noqa: E402
 from run import device_name, read_file, recipe_of, versions  # noqa: E402
 
 

@@ -67,11 +67,43 @@ def curriculum_grid(runs):
             print(f"| curriculum {kind} | " + " | ".join(f"{spread(values)} ({len(values)} seeds)" if values else "-" for values in found) + " |")
 
 
+def regulation_table(runs):
+    """regulated_kd: what was used of the data, and the seconds of student and teacher apart."""
+    groups = {}
+    for rows in runs.values():
+        if rows[0]["method"] == "regulated_kd":
+            arguments = rows[0]["arguments"]
+            teacher = "none" if arguments["mode"] == "ce" else "usual" if arguments["plain_teacher"] else "self-regulated"
+            flags = changes({**rows[0], "arguments": {**arguments, "mode": "regulated", "plain_teacher": False, "queue": False}})
+            key = (arguments["preset"], MODES.index(arguments["mode"]), arguments["queue"], teacher, flags)
+            groups.setdefault(key, []).append((arguments["seed"], rows))
+    if not groups:
+        return
+    print("\n| regulated_kd, preset | mode | teacher | chosen rows | flags | teacher | **student, last epoch** | images used, % of visits | "
+          "never used, % | student, s | teacher, s | seeds |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for (preset, mode, queue, teacher, flags), found in sorted(groups.items()):
+        last = [[row for row in rows if row["event"] == "epoch"][-1] for _, rows in found]
+        total = [round(row["sample_uses"] / row["data_fraction"] / (row["epoch"] + 1)) for row in last]
+        student = statistics.mean(sum(row.get("seconds_distillation", 0) for row in rows) for _, rows in found)
+        trained = statistics.mean(sum(row.get("seconds_training", 0) + row.get("teacher_seconds", 0) for row in rows) for _, rows in found)
+        regulated = MODES[mode] in ("regulated", "hybrid")
+        print(f"| {preset} | {MODES[mode]} | {teacher} | {('queued' if queue else 'at each visit') if regulated else '-'} | "
+              f"{f'`{flags}`' if flags else '-'} | {'-' if teacher == 'none' else spread([found[0][1][-1]['teacher_acc']])} | "
+              f"**{spread([rows[-1]['student_acc_last'] for _, rows in found])}** | {spread([row['data_fraction'] for row in last])} | "
+              f"{spread([row['never_used'] / m for row, m in zip(last, total)])} | {student:.0f} | {trained:.0f} | "
+              f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
+
+
+MODES = ["ce", "kd", "significance", "regulated", "hybrid"]
+
+
 def main():
     logs = {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(RESULTS.glob("*.jsonl"))}
     runs = {name: rows for name, rows in logs.items() if rows[0].get("event") == "start"}
     groups = {}
     for name, rows in runs.items():
+        if rows[0]["method"] == "regulated_kd":                # real images: a table of its own
+            continue
         arguments = rows[0]["arguments"]
         key = (arguments["preset"], rows[0]["method"], changes(rows[0]), arguments["teacher"], arguments["student"])
         groups.setdefault(key, []).append((arguments["seed"], rows))
@@ -89,6 +121,7 @@ def main():
               f"{labels} | {collapsed} of {len(found)} | {seconds} | "
               f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
     curriculum_grid(runs)
+    regulation_table(runs)
     machines = sorted({rows[0]["device"] for rows in runs.values()})
     print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\n"
           "which takes half a minute on digits; those of csd's ablations are left out: some reuse the preset's bank, one ran beside the tests.")

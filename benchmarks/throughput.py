@@ -49,7 +49,8 @@ import cudfkd
 import dafl
 import deepinversion
 import rdskd
-from common import DATASETS, autocast, batchnorms, build_model, first_linear, frozen, last_linear, normalize, recorded_inputs, seeded
+from common import DATASETS, autocast, batchnorms, first_linear, frozen, last_linear, normalize, recorded_inputs, seeded
+from models import build_model
 from run import compile_networks, device_name, set_up_device, versions
 
 SIZE = 2048

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (BadInput, Means, Shuffled, augment, autocast, cosine, frozen, last_linear, newest_by_class, normalize,  # noqa: E402
+from common import (BadInput, Means, Shuffled, augment, autocast, build_optimizer, cosine, frozen, last_linear, newest_by_class, normalize,  # noqa: E402
                     report_collapse, set_lr, steps)
 from run import Run, command_line, read_settings  # noqa: E402
 
@@ -103,9 +103,7 @@ def distill(teacher, student, data, settings, run=None):
     size, batches = settings.synthesis_batch_size, math.ceil(count / settings.synthesis_batch_size)
     x = torch.zeros(size, *data.image_shape, device=device, requires_grad=True)
     image_optimizer = torch.optim.Adam([x], settings.lr_images)
-    optimizer = (torch.optim.SGD(student.parameters(), settings.lr_student, 0.9, weight_decay=settings.weight_decay)
-                 if settings.student_optimizer == "sgd" else
-                 torch.optim.AdamW(student.parameters(), settings.lr_student, weight_decay=settings.weight_decay))
+    optimizer = build_optimizer(student, settings.student_optimizer, settings.lr_student, settings.weight_decay)
     state = dict(student=student, optimizer=optimizer, image_optimizer=image_optimizer, rng=rng, pixels=pixels, x=x,
                  order=Shuffled(rng), synthesis_means=Means("loss_ce", device=device), means=Means("loss_kd", device=device),
                  batch=0, loss_ce=0.0, epoch=0, synthesis_step=0, distillation_step=0, seconds_synthesis=0.0, seconds_distillation=0.0,

@@ -14,7 +14,9 @@ import csd  # noqa: E402
 import cudfkd  # noqa: E402
 import dafl  # noqa: E402
 import deepinversion  # noqa: E402
+import models  # noqa: E402
 import rdskd  # noqa: E402
+import regulated_kd  # noqa: E402
 import run as run_module  # noqa: E402
 import zskd  # noqa: E402
 
@@ -27,6 +29,7 @@ TINY_OF = {
                 generator_width=4),
     deepinversion: dict(epochs=2, batch_size=8, student_steps=3, initial_batches=2, pool_batches=4, synthesis_batch_size=10, synthesis_steps=2),
     cudfkd: dict(epochs=2, batch_size=8, student_steps=4, round_steps=2, synthesis_batch_size=6, images_per_pass=5, latent_dim=6, generator_width=4),
+    regulated_kd: dict(epochs=2, teacher_epochs=2, batch_size=480, teacher_batch_size=480, scan_batch_size=480),
     zskd: dict(epochs=2, batch_size=8, impressions=20, synthesis_batch_size=12, synthesis_steps=2),
 }
 
@@ -42,7 +45,7 @@ def tiny_settings(method=csd, **changes):
 def tiny_networks(teacher="wrn10_1", student="wrn10_1"):
     data = common.DATASETS["digits"]
     with common.seeded(0):
-        return common.build_model(teacher, 10, data.image_shape), common.build_model(student, 10, data.image_shape), data
+        return models.build_model(teacher, 10, data.image_shape), models.build_model(student, 10, data.image_shape), data
 
 
 @pytest.fixture

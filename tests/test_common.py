@@ -7,7 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import BadInput, build_model, last_linear
+from common import BadInput, last_linear
+from models import build_model
 
 # name, K, image shape: parameters, BN layers, last map, features
 MODELS = [
@@ -21,6 +22,7 @@ MODELS = [
     ("lenet5", 10, (1, 32, 32), 61_706, 0, (16, 10, 10), 84), ("lenet5_half", 10, (1, 32, 32), 15_738, 0, (8, 10, 10), 42),
     ("lenet5", 10, (1, 28, 28), 61_706, 0, (16, 10, 10), 84), ("lenet5_bn", 10, (1, 28, 28), 61_750, 2, (16, 10, 10), 84),
     ("lenet5_half_bn", 10, (1, 28, 28), 15_760, 2, (8, 10, 10), 42), ("lenet5", 10, (1, 8, 8), 21_386, 0, (16, 4, 4), 84),
+    ("alexnet", 10, (3, 32, 32), 23_474_250, 5, (256, 6, 6), 4096), ("alexnet_half", 10, (3, 32, 32), 5_882_922, 5, (128, 6, 6), 2048),
     ("wrn16_2", 10, (1, 8, 8), 691_386, 13, (128, 2, 2), 128),
 ]
 

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 import common
 import csd
+import models
 from conftest import tiny_networks, tiny_settings
 
 
@@ -103,7 +104,7 @@ def test_a_teacher_that_is_not_from_common(batch_norm):
 def test_a_student_that_is_not_from_common_and_other_shapes():
     """CIFAR-shaped, ResNet teacher, half-width foreign student with a smaller last map."""
     data = common.DataSpec((3, 16, 16), 5, (0.5,) * 3, (0.5,) * 3, crop=2, flip=True)
-    teacher = common.build_model("resnet18", 5, data.image_shape)
+    teacher = models.build_model("resnet18", 5, data.image_shape)
     student = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     before, recorder = weights_of(student), Recorder()
     csd.distill(teacher, student, data, tiny_settings(student_last_map="3"), recorder)

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 import common
 import cudfkd as cu
+import models
 import run
 from conftest import tiny_args, tiny_networks, tiny_settings
 from test_csd_method import ForeignTeacher, Recorder, same, weights_of
@@ -337,7 +338,7 @@ def test_the_round_in_one_pass_equals_the_loop_one_by_one(student_loss):
 @pytest.mark.parametrize("images_per_pass", [1, 3, 16, 1000])
 def test_however_a_round_is_cut_the_images_are_the_same(images_per_pass):
     data = common.DATASETS["cifar10"]
-    teacher = common.build_model("wrn10_1", 10, data.image_shape)
+    teacher = models.build_model("wrn10_1", 10, data.image_shape)
     generator, z = cu.Generator(6, data.image_shape, 4), torch.randn(16, 6)
     settings = tiny_settings(cu, images_per_pass=images_per_pass)
     with common.frozen(teacher, generator):
@@ -361,8 +362,8 @@ def test_bn_statistics_are_taken_in_the_generators_pass_alone(monkeypatch):
 
 
 def test_while_alpha_is_0_the_student_is_not_asked(monkeypatch):
-    asked, forward = [], common.WideResNet.forward
-    monkeypatch.setattr(common.WideResNet, "forward", lambda self, x: asked.append((len(x), self.training)) or forward(self, x))
+    asked, forward = [], models.WideResNet.forward
+    monkeypatch.setattr(models.WideResNet, "forward", lambda self, x: asked.append((len(x), self.training)) or forward(self, x))
     _, _, recorder = trained(epochs=4, adversarial_start=0.0, adversarial_end=3.0, ramp_begin=0.25, ramp_end=0.75)
     rows = [row for row in recorder.rows if "loss_kd" in row]
     assert [row["alpha"] for row in rows] == [0, 0, 0, 3]
@@ -550,7 +551,7 @@ def test_a_killed_run_ends_like_one_that_was_not(saves, teacher_file, in_tmp, mo
 def test_resume_between_two_steps_of_the_generator_and_without_batchnorm(saves, in_tmp, monkeypatch):
     data = common.DATASETS["digits"]
     with common.seeded(0):
-        run.save_classifier(in_tmp / "plain.pt", common.build_model("lenet5", 10, data.image_shape), "lenet5", data, "digits")
+        run.save_classifier(in_tmp / "plain.pt", models.build_model("lenet5", 10, data.image_shape), "lenet5", data, "digits")
 
     def args(folder):
         return [*tiny_args(cu, "./plain.pt"), "--generator-steps", "2", "--adversarial-start", "1", "--out", folder, "--resume"]
@@ -590,7 +591,7 @@ def test_distill_refuses_a_round_that_does_not_divide_an_epoch():
 
 def test_images_that_the_generator_cannot_make_are_refused_before_any_work(in_tmp, capsys):
     data = common.DataSpec((1, 10, 10), 3, (0.5,), (0.5,))
-    run.save_classifier(in_tmp / "odd.pt", common.build_model("wrn10_1", 3, data.image_shape), "wrn10_1", data, "folder:x")
+    run.save_classifier(in_tmp / "odd.pt", models.build_model("wrn10_1", 3, data.image_shape), "wrn10_1", data, "folder:x")
     with pytest.raises(SystemExit) as stop:
         cu.main(["--teacher", "./odd.pt", "--student", "wrn10_1", "--dataset", "none", "--preset", "digits"])
     assert stop.value.code == 2 and "multiples of 4, not 10x10" in capsys.readouterr().err and not (in_tmp / "runs").exists()

@@ -6,6 +6,7 @@ import torch
 
 import common
 import dafl
+import models
 import rdskd
 import zskd
 
@@ -214,9 +215,9 @@ def test_losses_move_when_the_teachers_logits_move(loss):
 
 
 def test_first_linear_is_what_follows_the_convolutions():
-    lenet = common.build_model("lenet5", 10, (1, 32, 32))
+    lenet = models.build_model("lenet5", 10, (1, 32, 32))
     assert common.first_linear(lenet) is lenet.fc1 and common.last_linear(lenet) is lenet.fc2
-    wide = common.build_model("wrn10_1", 10, (1, 8, 8))
+    wide = models.build_model("wrn10_1", 10, (1, 8, 8))
     assert common.first_linear(wide) is wide.fc
     dense = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     assert common.first_linear(dense) is dense[3]              # no convolution: the last one

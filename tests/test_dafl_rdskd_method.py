@@ -10,6 +10,7 @@ import torch
 import common
 import csd
 import dafl
+import models
 import rdskd
 import run
 import zskd
@@ -402,7 +403,7 @@ def test_words_that_are_no_choice_are_refused(flags, message, teacher_file, caps
 @GENERATORS
 def test_images_that_the_generator_cannot_make_are_refused_before_any_work(method, in_tmp, capsys):
     data = common.DataSpec((1, 10, 10), 3, (0.5,), (0.5,))
-    run.save_classifier(in_tmp / "odd.pt", common.build_model("wrn10_1", 3, data.image_shape), "wrn10_1", data, "folder:x")
+    run.save_classifier(in_tmp / "odd.pt", models.build_model("wrn10_1", 3, data.image_shape), "wrn10_1", data, "folder:x")
     with pytest.raises(SystemExit) as stop:
         method.main(["--teacher", "./odd.pt", "--student", "wrn10_1", "--dataset", "none", "--preset", "digits"])
     assert stop.value.code == 2 and "multiples of 4, not 10x10" in capsys.readouterr().err and not (in_tmp / "runs").exists()
@@ -426,6 +427,17 @@ def test_bf16_stays_close_to_fp32(method):
     for key, value in rows[0].items():
         if key.startswith("loss_"):
             assert rows[1][key] == pytest.approx(value, rel=0.15, abs=0.1), key
+
+
+class NoModuleAtItsEnd(ForeignTeacher):
+    """Its last linear layer is applied as a function, as some attention blocks do it."""
+    def forward(self, x):
+        return torch.nn.functional.linear(self.pool(self.body(x)).flatten(1), self.out.weight, self.out.bias)
+
+
+def test_dafl_a_teacher_whose_features_cannot_be_seen_is_refused_in_words():
+    with pytest.raises(common.BadInput, match="NoModuleAtItsEnd is never called as a module"):
+        trained(dafl, teacher=NoModuleAtItsEnd())
 
 
 def test_logs_are_json(teacher_file, in_tmp):

@@ -12,6 +12,7 @@ import torchvision
 
 import common
 import deepinversion as di
+import models
 import run
 import stranger
 from conftest import tiny_args, tiny_networks, tiny_settings
@@ -272,7 +273,7 @@ def test_a_teacher_without_batchnorm_is_refused_and_told_what_fits(in_tmp, capsy
     _, student, data = tiny_networks()
     with pytest.raises(common.BadInput, match="no BatchNorm.*dafl.py and rdskd.py"):
         di.distill(ForeignTeacher(False), student, data, tiny_settings(di))
-    teacher = common.build_model("lenet5", 10, (1, 8, 8))
+    teacher = models.build_model("lenet5", 10, (1, 8, 8))
     run.save_classifier(in_tmp / "plain.pt", teacher, "lenet5", data, "digits")
     with pytest.raises(SystemExit) as stop:
         di.main(["--dataset", "digits", "--teacher", "./plain.pt", "--student", "lenet5_half"])

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import common
 import csd
+import models
 import run
 from common import BadInput, Means, Shuffled
 from conftest import tiny_networks
@@ -304,12 +305,12 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(csd_args, in_t
 def test_a_teacher_for_another_shape_or_number_of_classes(in_tmp, capsys):
     data = common.DATASETS["digits"]
     for name, other in (("shape", data._replace(image_shape=(1, 16, 16))), ("classes", data._replace(num_classes=7))):
-        run.save_classifier(f"{name}.pt", common.build_model("wrn10_1", other.num_classes, other.image_shape), "wrn10_1", other, "digits")
+        run.save_classifier(f"{name}.pt", models.build_model("wrn10_1", other.num_classes, other.image_shape), "wrn10_1", other, "digits")
         with pytest.raises(SystemExit) as stop:
             csd.main(["--dataset", "digits", "--teacher", f"{name}.pt", "--student", "wrn10_1"])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and name in error and error.count("\n") == 1
-    run.save_classifier("fit.pt", common.build_model("wrn10_2", 10, data.image_shape), "wrn10_1", data, "digits")
+    run.save_classifier("fit.pt", models.build_model("wrn10_2", 10, data.image_shape), "wrn10_1", data, "digits")
     with pytest.raises(SystemExit):
         csd.main(["--dataset", "digits", "--teacher", "fit.pt", "--student", "wrn10_1"])
     assert "do not fit wrn10_1" in capsys.readouterr().err and not (in_tmp / "runs").exists()

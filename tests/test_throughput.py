@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
+import models
 import throughput
 
 CPU = torch.device("cpu")
 
 
 def forward_flops(name, images, channels=1):
-    model = common.build_model(name, 10, (channels, 32, 32)).eval()
+    model = models.build_model(name, 10, (channels, 32, 32)).eval()
     with FlopCounterMode(display=False) as mode, torch.no_grad():
         model(torch.zeros(images, channels, 32, 32))
     return mode.get_total_flops()
