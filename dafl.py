@@ -174,7 +174,7 @@ def distill(teacher, student, data, settings, run=None):
                 loss_oh = one_hot_loss(teacher_logits)
                 loss_ie = information_entropy_loss(teacher_logits, settings.natural_log)
                 if features_of not in seen:
-                    raise BadInput(f"the last linear layer of {type(teacher).__name__} is never called as a module, so its features are not seen")
+                    raise BadInput(f"the last linear layer of {type(teacher).__name__} is never called as a module; its input is not seen")
                 loss_act = activation_loss(seen[features_of].float(), settings.sum_activation)
                 generator_optimizer.zero_grad()
                 (settings.oh * loss_oh + settings.ie * loss_ie + settings.act * loss_act).backward()

@@ -121,13 +121,14 @@ class LeNet5(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """AlexNet for 32x32, BN and ReLU after each convolution, no dropout: 23,474,250 parameters, at half width 5,882,922 (K = 10, C = 3)."""
+    """AlexNet for 32x32, BN and ReLU after each convolution, no dropout: 23,474,250 parameters, half width 5,882,922 (K = 10, C = 3)."""
     def __init__(self, divisor, num_classes, channels, size):
         super().__init__()
         if size != 32:
             raise BadInput(f"alexnet takes images of 32x32, not {size}x{size}")
         layers, width_in = [], channels
-        for width, kernel, padding, pool in ((64, 5, 0, True), (192, 5, 2, True), (384, 3, 1, False), (256, 3, 1, False), (256, 3, 1, True)):
+        for width, kernel, padding, pool in ((64, 5, 0, True), (192, 5, 2, True), (384, 3, 1, False), (256, 3, 1, False),
+                                             (256, 3, 1, True)):
             width //= divisor
             layers += [nn.Conv2d(width_in, width, kernel, padding=padding), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [nn.MaxPool2d(3, 2)] if pool else []

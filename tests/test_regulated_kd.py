@@ -328,7 +328,7 @@ def test_a_run_leaves_what_it_promises(teacher_file, in_tmp, capsys):
 @pytest.mark.parametrize("mode", ["kd", "ce"])
 def test_a_run_without_a_self_regulated_teacher(mode, teacher_file, in_tmp):
     rk.main([*tiny_args(rk, teacher_file), "--mode", mode, "--plain-teacher", "--out", "out"])
-    assert [row["event"] for row in rows_of(in_tmp / "out")] == ["start", "epoch", "epoch", "end"]
+    assert [row["event"] for row in rows_of(in_tmp / "out")] == ["start", *["note"] * (mode == "kd"), "epoch", "epoch", "end"]
     assert not list((in_tmp / "checkpoints").glob("*regulated*")) and (in_tmp / "out" / "regulation.png").exists()
 
 
