@@ -57,7 +57,7 @@ def curriculum_grid(runs):
     cells = {}
     for rows in runs.values():
         arguments = rows[0]["arguments"]
-        if rows[0]["method"] == "cudfkd":
+        if rows[0]["method"] == "cudfkd" and not set(changes(rows[0]).split()) & {"--age-start", "--age-end"}:
             kind = "none" if arguments["curriculum"] == "none" else f"{arguments['curriculum']}, one weight a {arguments['granularity']}"
             cells.setdefault((arguments["preset"], kind, arguments["ramp"]), []).append(rows[-1]["student_acc_last"])
     for preset in sorted({key[0] for key in cells if sum(other[0] == key[0] for other in cells) > 1}):

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 import common
 import cudfkd as cu
+import curriculum_picture
 import models
 import run
 from conftest import tiny_args, tiny_networks, tiny_settings
@@ -527,6 +528,15 @@ def test_the_picture_shows_what_the_log_holds(teacher_file, in_tmp):
     unscored = [{**row, "student_acc": None} if row["event"] == "epoch" else row for row in rows]
     assert len(cu.draw_curriculum(unscored).axes) == 3
     cu.draw_curriculum(rows).savefig(io.BytesIO(), format="png")
+
+
+def test_the_picture_can_be_drawn_again_from_a_log(teacher_file, in_tmp):
+    cu.main([*tiny_args(cu, teacher_file), "--out", "out"])
+    curriculum_picture.main(["out/log.jsonl", "again.png"])
+    assert (in_tmp / "again.png").stat().st_size > 10_000
+    (in_tmp / "other.jsonl").write_text('{"event": "start"}\n')
+    with pytest.raises(common.BadInput, match="not a log of cudfkd.py"):
+        curriculum_picture.main(["other.jsonl", "no.png"])
 
 
 TICKS = 12      # 2 epochs of 2 rounds of 1 + 2 steps

@@ -1,5 +1,6 @@
 """regulated_kd.py: golden numbers (1e-6, float64), the limits of the rule, two passes against one, counts, its script."""
 import io
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import common
 import models
 import regulated_kd as rk
+import regulated_saving
 import run
 from conftest import tiny_args, tiny_settings
 from test_csd_method import Recorder, same, weights_of
@@ -392,6 +394,15 @@ def test_without_images_it_is_refused(teacher_file, in_tmp, capsys):
     with pytest.raises(SystemExit) as stop:
         rk.main(["--teacher", str(teacher_file), "--dataset", "none", "--preset", "digits"])
     assert stop.value.code == 2 and "needs real images and labels" in capsys.readouterr().err
+
+
+def test_what_it_saves_is_measured_against_plain_distillation(in_tmp, monkeypatch, capsys):
+    teacher, _, data, _ = toy()
+    monkeypatch.setattr(regulated_saving, "load_teacher", lambda *args: (teacher, data, "toy", ""))
+    regulated_saving.main(["--dataset", "digits", "--epochs", "1", "--threads", "2", "--log", "log.jsonl"])
+    rows = [json.loads(line) for line in (in_tmp / "log.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["kd", "regulated", "regulated, queued"] and "of plain" in capsys.readouterr().out
+    assert rows[0]["used"] == 1 and rows[0]["of_plain"] == 1 and all(0 < row["used"] <= 1 and row["seconds"] > 0 for row in rows)
 
 
 def test_the_digits_pair_is_lenet5_and_presets_are_whole():
