@@ -1,23 +1,23 @@
 """Self Regulated Learning Mechanism for Data Efficient Knowledge Distillation.   Sourav Mishra, Suresh Sundaram. arXiv 2102.07125, 2021.
 No code of the authors is public. What is said of the paper here comes from its abstracts; its text could not be read.
 
-The idea. A network in training learns only from images that it still gets wrong or of which it is not sure enough, and "enough" rises from
-epoch to epoch. How often an image was needed by the teacher is its significance. Three students use that: one whose losses are weighted
-by significance, one that regulates itself as the teacher did, and one that does both. Real images and labels are needed, fewer of them.
+The idea. A network in training takes steps only on images that it still gets wrong or of which it is not sure enough. How often an
+image was needed by the teacher is its significance. Three students use that: one whose losses are weighted by significance, one that
+regulates itself as the teacher did, and one that does both. All real images and labels must be there; fewer of them cost a step.
 
-     images, labels ──► network in training ══► wrong? or surer of its class than η(epoch)? ──► surer: not this time
-        (all)             (a cheap pass)                    │ wrong, or not sure: count it
-                                                            ▼
+     all images, labels ══► network in training ══► wrong? or not sure enough? ══no══► not this time
+                              (a cheap pass)               ║ yes: count it
+                                                           ▼
      these images ──► network in training ──► loss ──► gradient                                              (══► no gradient)
 
      teacher's counts / its epochs = significance w of an image ══► weight of that image in the student's loss
-     images ══► teacher ══► logits ──► KL ◄── student
+     images ══► teacher ══► logits ══► KL ◄── student
 
 Run    python regulated_kd.py --dataset digits      RUNLINE
-       python regulated_kd.py --dataset mnist --mode hybrid      LeNet-5 to LeNet-5-half
+       python regulated_kd.py --dataset mnist --mode hybrid      LeNet-5 to LeNet-5-half; the README's table has all modes
 Copy   confidence, participates, confidence_threshold, significance_weights, kd_losses, cckd_losses, reduced_loss, pass_state,
-       regulated_pass, train_teacher, distill
-Letters   N batch, K classes, C H W image, M images in the training set · n epoch, η threshold, w weight.
+       regulated_pass, rate, check, train_teacher, distill
+Letters   N batch, N' of them chosen, K classes, C H W image, M images in the training set · η threshold, w weight.
 Sources   [abstract] of this paper · [CCKD] the same authors' next paper, arXiv 2107.06993, whose algorithm can be seen in pictures; very
        probably the same rule · [unofficial code] of that paper, by others · [inferred] a RECONSTRUCTION, made here: the paper may differ.
 
@@ -25,18 +25,24 @@ What is known, and what this file chose
  1. Certain [abstract]: only images that are misclassified or not confident take part in the teacher's backward pass; how often is their
     significance; it weights the losses ("significance-based"); the student regulates itself without it ("regulated") or with it
     ("hybrid"); accuracy is similar, with markedly fewer samples. No number of the paper is known here.
- 2. The rule: wrong, or confidence under η_n = 1 - e^(-α n), n from 0 [CCKD; it prints e^(α n), which would be negative]. So
-    epoch 0 learns from mistakes alone. Confidence is the gap between the two largest probabilities [unofficial code]; --confidence true
-    takes the probability of the true class. Plain softmax; --confidence-temperature for the softened one that [CCKD] prints.
+ 2. The rule: wrong, or confidence under η_n = 1 - e^(-α n) of epoch n, counted from 0 [CCKD; it prints e^(α n), which would make η
+    negative]. So epoch 0 learns from mistakes alone. Confidence is the gap between the two largest probabilities [unofficial code];
+    --confidence true takes the probability of the true class. Plain softmax; --confidence-temperature for the softened one that
+    [CCKD] prints.
  3. α times the number of epochs is kept, 1.6 as in [unofficial code], 0.01 in 160 epochs, so that --epochs keeps the curve [inferred].
+    α, the measure of confidence, optimizer, decay and --queue hold for teacher and student alike.
  4. Significance w = count / epochs [inferred]; --normalization max or mean1. Images with w = 0 are left out of the student's set.
  5. Loss of an image: T² KL(teacher || student) + 0.3 CE, mean over the chosen [inferred]; 0.3 is of [unofficial code].
-    --student-loss cckd is the loss of [CCKD], which is known: soft CE with a mixture of label and teacher.
- 6. A batch without a chosen image makes no step at all: weights, momentum and decay stay [CCKD: per sample, so nothing else is possible].
- 7. Two passes: a forward pass without gradients over all, then a full pass over the chosen. One pass with a masked loss is the same
-    mathematics where no BatchNorm is, and saves nothing. --queue collects the chosen to full batches; the weights have moved a
-    little since they were chosen then. With BatchNorm, take --queue: the second pass has batches of hard images to normalise.
- 8. Whether the paper's plain distillation had the self-regulated teacher is unknown: --mode kd takes it, --plain-teacher the usual one.
+    --student-loss cckd is a known loss of [CCKD], its variant T: soft CE with a mixture of label and teacher; --temperature 1 to 1.5 there.
+ 6. [CCKD] is written image by image; minibatches are [unofficial code], chosen whole, with the weights from before their step. A batch
+    without a chosen image makes no step at all: weights, momentum and decay stay [inferred].
+ 7. Two passes: a forward pass in eval mode and without gradients over all, then a full pass over the chosen [inferred]. One pass with a
+    masked loss is the same mathematics where no BatchNorm is, and saves nothing. --queue collects the chosen to full batches; the
+    weights have moved a little since they were chosen then. With BatchNorm take --queue, so that there is a batch to normalise;
+    its statistics come from hard images alone.
+ 8. Whether the paper's plain distillation had the self-regulated teacher is unknown: --mode kd takes it, --plain-teacher the usual
+    one, which run.py trains by its own recipe (other batch size and schedule), and first in any case. The log's start row has
+    the usual teacher's accuracy, its end row that of the teacher who taught.
 """
 import importlib.util
 import io
@@ -45,8 +51,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Shuffled, accuracy, augment, autocast, cosine, frozen, load_dataset, normalize, predict, seeded,
-                    set_lr, steps)
+from common import (BadInput, Means, Shuffled, accuracy, augment, autocast, batchnorms, cosine, frozen, load_dataset, normalize, predict,
+                    seeded, set_lr, steps)
 from models import build_model
 from run import Run, command_line, is_file_name, read_classifier, read_settings, stored_stage, teacher_path, write_atomically
 
@@ -103,7 +109,7 @@ def kd_losses(student_logits, teacher_logits, labels, temperature, hard=0.3):
 
 
 def cckd_losses(student_logits, teacher_logits, labels, temperature=1.0):
-    """CE with λ q + (1 - λ) onehot(y), λ the teacher's probability of the true class [CCKD: T].   (N, K), (N, K), (N,) -> (N,)
+    """CE with λ q + (1 - λ) onehot(y), λ the teacher's probability of the true class [CCKD, variant T].   (N, K), (N, K), (N,) -> (N,)
 
     At least 0. Listen to the teacher as far as it is right.
     """
@@ -141,12 +147,13 @@ def regulated_pass(state, name, batch_size, train, rows, losses_of, threshold, c
     `losses_of(logits, images, rows) -> (N,)`. `counts` (M,), of every image how often it took part, is kept up to date: indexed by
     the image's place in the set, whatever the order and augmentation. A batch without a chosen image moves nothing.
     """
-    model, optimizer, n = state["model"], state["optimizer"], batch_size
+    model, optimizer, size = state["model"], state["optimizer"], batch_size
 
     def learn(images, rows, visited=None):
+        images = images.contiguous(memory_format=torch.channels_last)
         with autocast(settings, images.device):
-            logits = model(images).float()                                                # (N, K)
-        losses = losses_of(logits, images, rows)                                          # (N,)
+            logits = model(images).float()                                                # (N', K)
+        losses = losses_of(logits, images, rows)                                          # (N',)
         loss = reduced_loss(losses, None if weights is None else weights[rows], visited)
         optimizer.zero_grad()
         loss.backward()
@@ -159,7 +166,7 @@ def regulated_pass(state, name, batch_size, train, rows, losses_of, threshold, c
 
     model.train()
     queueing = threshold is not None and settings.queue
-    visit = settings.scan_batch_size if queueing else n
+    visit = settings.scan_batch_size if queueing else size
     total = math.ceil(len(rows) / visit)
     for step in steps(state, name, total, run):
         batch = rows[state["batches"].next(len(rows), visit)]                             # (N,) places in the set
@@ -171,7 +178,7 @@ def regulated_pass(state, name, batch_size, train, rows, losses_of, threshold, c
             with torch.no_grad(), frozen(model), autocast(settings, images.device):
                 logits = model(images).float()                                            # (N, K)
             takes_part = participates(logits, train.labels[batch], threshold, settings.confidence, settings.confidence_temperature)
-            chosen, images = batch[takes_part], images[takes_part]                        # (n,) (n, C, H, W)
+            chosen, images = batch[takes_part], images[takes_part]                        # (N',) (N', C, H, W)
         counts[chosen] += 1                                    # an image comes once in a batch
         state["epoch_uses"] += len(chosen)
         # -------- pass 2, of the chosen: the loss, its gradient, a step
@@ -182,8 +189,8 @@ def regulated_pass(state, name, batch_size, train, rows, losses_of, threshold, c
         queue_images, queue_rows, waiting = state["queue_images"], state["queue_rows"], state["queued"]
         queue_images[waiting:waiting + len(chosen)], queue_rows[waiting:waiting + len(chosen)] = images, chosen
         waiting += len(chosen)
-        while waiting >= n or (waiting and step == total - 1):                            # full batches; what is left when the pass ends
-            now = min(n, waiting)
+        while waiting >= size or (waiting and step == total - 1):                         # full batches; what is left when the pass ends
+            now = min(size, waiting)
             learn(queue_images[:now], queue_rows[:now])
             waiting -= now
             for queue in (queue_images, queue_rows):
@@ -197,12 +204,21 @@ def rate(lr, epoch, epochs):
 
 
 # --------------------------------------------------------------------------------------------- the algorithm: two trainings
+def check(settings):
+    """Raises BadInput for settings that make no sense together."""
+    if settings.queue and settings.reduction == "visited":
+        raise BadInput("--queue collects images of many visits, so that --reduction visited has no meaning with it")
+    if settings.confidence_temperature <= 0:
+        raise BadInput("--confidence-temperature must be above 0")
+
+
 def train_teacher(teacher, data, settings, run=None, *, train):
     """Train `teacher` in place on the images that it needs. -> dict(weights, counts, curve)
 
     `train`: an ImageSet, the real training set. counts (M,): how often each image took part; curve: the part of the set that did, by
-    epoch. Always seed 0, as all teachers here.
+    epoch. Always seed 0, as all teachers here. Raises BadInput where `check` does, FloatingPointError when a loss is not finite.
     """
+    check(settings)
     device, m = next(teacher.parameters()).device, len(train.labels)
     counts, rows = torch.zeros(m, device=device), torch.arange(m, device=device)
     state = dict(counts=counts, epoch=0, training_step=0, seconds_training=0.0, curve=[],
@@ -222,7 +238,7 @@ def train_teacher(teacher, data, settings, run=None, *, train):
         state["curve"].append(share)
         state["sample_uses"] += state["epoch_uses"]
         state.update(epoch=epoch + 1, training_step=0, epoch_uses=0)
-        loss = state["means"].take()["loss"]
+        loss = state["means"].take()["loss"] if share else None
         if run:
             run.report(event="teacher", teacher_epoch=epoch, loss_ce=loss, threshold=threshold, share=share,
                        sample_uses=state["sample_uses"], never_used=int((counts == 0).sum()))
@@ -237,19 +253,19 @@ def distill(teacher, student, data, settings, run=None, *, train, counts=None):
 
     `data`: a DataSpec. `settings`: the fields of a preset and `seed`; optionally `precision`. `train`: an ImageSet, the real training
     set. `counts` (M,): what `train_teacher` counted; modes significance and hybrid need it. Returns how often each image took part in
-    the student's training, (M,), and the part of the set that did, by epoch. Raises BadInput without the counts that a mode needs or
-    where all are 0, FloatingPointError when a loss is not finite.
+    the student's training, (M,), and the part of the set that did, by epoch. Raises BadInput where `check` does, without the counts
+    that a mode needs and where all are 0, FloatingPointError when a loss is not finite.
     """
+    check(settings)
     device, m, mode = next(student.parameters()).device, len(train.labels), settings.mode
-    weights, rows = None, torch.arange(m, device=device)
-    if mode in ("significance", "hybrid"):
-        if counts is None or len(counts) != m or not counts.any():
-            raise BadInput(f"--mode {mode} needs a self-regulated teacher's counts, one for each of the {m} images, not all 0")
-        weights = significance_weights(counts.to(device), settings.teacher_epochs, settings.normalization)
-        rows = weights.nonzero()[:, 0]                         # (M',): the others would be multiplied by 0
+    weighted = mode in ("significance", "hybrid")
+    if weighted and (counts is None or len(counts) != m or not counts.any()):
+        raise BadInput(f"--mode {mode} needs a self-regulated teacher's counts, one for each of the {m} images, not all 0")
+    counts = counts.to(device).clone() if weighted else torch.zeros(m, device=device)
     used = torch.zeros(m, device=device)
-    state = dict(used=used, teacher=teacher, epoch=0, distillation_step=0, seconds_distillation=0.0, student_steps=0, teacher_queries=0,
-                 curve=[], **pass_state(student, settings.lr_student, settings.batch_size, data, settings, settings.seed))
+    state = dict(used=used, teacher=teacher, counts=counts, epoch=0, distillation_step=0, seconds_distillation=0.0, student_steps=0,
+                 teacher_queries=0, curve=[],
+                 **pass_state(student, settings.lr_student, settings.batch_size, data, settings, settings.seed))
 
     def ask(images):
         with torch.no_grad(), frozen(teacher), autocast(settings, device):
@@ -258,6 +274,10 @@ def distill(teacher, student, data, settings, run=None, *, train, counts=None):
     state["teacher_queries"] += m * answers_once
     if run:
         run.restore(state)
+    weights, rows = None, torch.arange(m, device=device)
+    if weighted:
+        weights = significance_weights(counts, settings.teacher_epochs, settings.normalization)
+        rows = weights.nonzero()[:, 0]                         # (M',): the others would be multiplied by 0
     known = None
     if answers_once:
         known = torch.cat([ask(normalize(pixels / train.scale, data)) for pixels in train.pixels.split(1000)])          # (M, K)
@@ -282,7 +302,7 @@ def distill(teacher, student, data, settings, run=None, *, train, counts=None):
         state["curve"].append(share)
         state["sample_uses"] += state["epoch_uses"]
         state.update(epoch=epoch + 1, distillation_step=0, epoch_uses=0)
-        loss = state["means"].take()["loss"]
+        loss = state["means"].take()["loss"] if share else None
         if run:
             run.report(epoch=epoch, loss=loss, threshold=threshold, share=share, sample_uses=state["sample_uses"],
                        data_fraction=state["sample_uses"] / (m * (epoch + 1)), never_used=int((used == 0).sum()))
@@ -290,10 +310,10 @@ def distill(teacher, student, data, settings, run=None, *, train, counts=None):
 
 
 # ------------------------------------------------------------------------------------------- what the method is about, shown
-def draw_regulation(counts, epochs, curves, train):
-    """-> a matplotlib Figure: who took part by epoch, how often, and the most and least significant images.
+def draw_regulation(counts, epochs, curves, train, whose="the teacher"):
+    """-> a matplotlib Figure: who took part by epoch, how often, and the most and least needed images.
 
-    counts (M,) of a teacher of `epochs` epochs; curves: {label: part of the set in each epoch}; train: the ImageSet.
+    counts (M,) of `whose` training of `epochs` epochs; curves: {label: part of the set in each epoch}; train: the ImageSet.
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -303,15 +323,15 @@ def draw_regulation(counts, epochs, curves, train):
     left.set(xlabel="epoch", ylabel="images that take part, %", ylim=(0, None))
     left.legend(fontsize=7)
     middle.hist(counts.cpu().numpy(), bins=torch.arange(-0.5, epochs + 1).tolist(), color="tab:blue")
-    middle.set(xlabel=f"epochs of {epochs} in which the teacher needed an image", ylabel="images", yscale="log")
-    order = counts.cpu().argsort(stable=True)
-    shown = torch.cat([order.flip(0)[:32], order[:32]])                                   # (64,) the first ones of their kind
+    middle.set(xlabel=f"epochs of {epochs} in which {whose} needed an image", ylabel="images", yscale="log")
+    counts, first = counts.cpu(), torch.arange(32).clamp(max=len(counts) - 1)             # among equals the first ones of the set
+    shown = torch.cat([counts.argsort(stable=True, descending=True)[first], counts.argsort(stable=True)[first]])        # (64,)
     sheet = train.pixels[shown.to(train.pixels.device)].cpu() / train.scale               # (64, C, H, W)
     height, width = sheet.shape[2:]
     sheet = sheet.reshape(8, 8, -1, height, width).permute(0, 3, 1, 4, 2).reshape(8 * height, 8 * width, -1)     # (8H, 8W, C)
     right.imshow(sheet.expand(-1, -1, 3).numpy(), interpolation="nearest")
     right.axhline(4 * height - 0.5, color="tab:red")
-    right.set(xticks=[], yticks=[2 * height, 6 * height], yticklabels=["most", "least"], title="significant")
+    right.set(xticks=[], yticks=[2 * height, 6 * height], yticklabels=["most", "least"], title=f"needed by {whose}")
     return figure
 
 
@@ -328,7 +348,8 @@ PRESETS = {
     "fashion_mnist": {**MNIST, "epochs": 20, "teacher_epochs": 20, "weight_decay": 1e-5},
     "cifar10": CIFAR10,                                                       # ResNet-34 to ResNet-18
     "cifar10-alexnet-alexnet_half": CIFAR10,
-    "digits": {**MNIST, "epochs": 40, "teacher_epochs": 40, "batch_size": 64, "teacher_batch_size": 64},
+    "digits": {**MNIST, "epochs": 80, "teacher_epochs": 60, "batch_size": 32, "teacher_batch_size": 32, "lr_teacher": 5e-3,
+               "lr_student": 0.01, "alpha_epochs": 4.0},
 }
 FLAGS = {
     "teacher_epochs": "passes over the set in the self-regulated teacher's training",
@@ -336,7 +357,7 @@ FLAGS = {
     "lr_teacher": "of its optimizer: half a cosine down to a hundredth of it",
     "mode": ("significance: weighted losses; regulated: a choice of its own; hybrid: both; kd, ce: all images, with a teacher or without",
              MODES),
-    "plain_teacher": "mode kd: the usual teacher instead of the self-regulated one",
+    "plain_teacher": "modes kd and regulated: the usual teacher instead of the self-regulated one",
     "queue": "collect the chosen images to full batches; for networks with BatchNorm, and faster",
     "scan_batch_size": "with --queue: images looked at together, before the next step",
     "alpha_epochs": "α, times the number of epochs: how fast the confidence that excuses an image rises; 0 = mistakes alone",
@@ -345,26 +366,16 @@ FLAGS = {
     "normalization": ("of the significance: by epochs, by the largest count, or to mean 1", ("epochs", "max", "mean1")),
     "reduction": ("mean loss of the images that take part, or their sum over all that were visited", ("selected", "visited")),
     "student_loss": ("kd: T² KL + hard CE; cckd: CE with a mixture of teacher and label", ("kd", "cckd")),
-    "temperature": "of the student's KL",
-    "hard": "weight of the CE with the labels, beside the KL",
+    "temperature": "of both softmaxes in the student's loss",
+    "hard": "weight of the CE with the labels, beside the KL; not in cckd",
     "optimizer": ("adam, or sgd with Nesterov momentum 0.9; of teacher and student", ("adam", "sgd")),
     "lr_student": "of that optimizer, for the student: half a cosine down to a hundredth of it",
     "weight_decay": "of teacher and student",
     "clip_norm": "largest norm of a step's gradient; 0 = none",
 }
 TEXT_FLAGS = {"significance": "the self-regulated teacher's file [checkpoints/TEACHER.regulated.pt, -queue with --queue]"}
-SIGNIFICANCE_SETTINGS = ("teacher_epochs", "teacher_batch_size", "lr_teacher", "queue", "scan_batch_size", "alpha_epochs", "confidence",
-                         "confidence_temperature", "reduction", "optimizer", "weight_decay", "clip_norm", "precision")
-
-
-def check(settings):
-    """Raises BadInput for settings that make no sense together."""
-    if settings.plain_teacher and settings.mode in ("significance", "hybrid"):
-        raise BadInput(f"--mode {settings.mode} needs the counts of a self-regulated teacher; leave out --plain-teacher")
-    if settings.queue and settings.reduction == "visited":
-        raise BadInput("--queue collects images of many visits, so that --reduction visited has no meaning with it")
-    if settings.confidence_temperature <= 0:
-        raise BadInput("--confidence-temperature must be above 0")
+SIGNIFICANCE_SETTINGS = ("dataset", "teacher_epochs", "teacher_batch_size", "lr_teacher", "queue", "scan_batch_size", "alpha_epochs",
+                         "confidence", "confidence_temperature", "reduction", "optimizer", "weight_decay", "clip_norm", "precision")
 
 
 def stored_teacher(run, settings, train):
@@ -383,6 +394,8 @@ def stored_teacher(run, settings, train):
 def main(argv=None):
     settings = read_settings(argv, "regulated_kd", __doc__, PRESETS, FLAGS, TEXT_FLAGS, {"digits": ("lenet5", "lenet5_half")})
     check(settings)
+    if settings.plain_teacher and settings.mode in ("significance", "hybrid"):
+        raise BadInput(f"--mode {settings.mode} needs the counts of a self-regulated teacher; leave out --plain-teacher")
     if settings.dataset in ("none", "imagenet"):
         raise BadInput(f"regulated_kd needs real images and labels; --dataset {settings.dataset} has none here")
     if importlib.util.find_spec("matplotlib") is None:         # not after hours of training
@@ -396,15 +409,21 @@ def main(argv=None):
         run.teacher_logits = predict(run.teacher.model, run.test, run.data)
         run.teacher_acc = accuracy(run.teacher_logits, run.test.labels)
         print(f"self-regulated teacher: test accuracy {run.teacher_acc:.4f}", flush=True)
-    elif settings.mode == "kd" and ":" not in settings.teacher:
+    elif settings.mode != "ce" and ":" not in settings.teacher:
         path = settings.teacher if is_file_name(settings.teacher) else teacher_path(settings.dataset, settings.teacher)
-        seconds = read_classifier(path).get("seconds", math.nan)
-        run.report(event="note", text=f"the usual teacher took {seconds:.0f} s to train", teacher_seconds=seconds)
+        seconds = read_classifier(path).get("seconds")
+        if seconds is not None:
+            run.report(event="note", text=f"the usual teacher took {seconds:.0f} s to train", teacher_seconds=seconds)
+    if settings.mode in ("regulated", "hybrid") and not settings.queue:
+        torch.backends.cudnn.benchmark = False                 # another batch size at every step: nothing to be tried out
+        if batchnorms(run.student):
+            run.report(event="note", text="a student with BatchNorm learns from batches of a few hard images; --queue makes full ones")
     used, curve = distill(run.teacher.model, run.student, run.data, settings, run, train=train, counts=found["counts"])
     curves = {"student": curve, **({"teacher": found["curve"]} if found["curve"] else {})}
     counts, epochs = (found["counts"], settings.teacher_epochs) if found["curve"] else (used, settings.epochs)
     picture = io.BytesIO()
-    draw_regulation(counts, epochs, curves, train).savefig(picture, format="png", dpi=110)
+    whose = "the teacher" if found["curve"] else "the student"
+    draw_regulation(counts, epochs, curves, train, whose).savefig(picture, format="png", dpi=110)
     write_atomically(run.folder / "regulation.png", lambda file: file.write(picture.getvalue()))
     run.finish()
 

@@ -2,8 +2,8 @@
 
     python benchmarks/regulated_saving.py --dataset mnist --epochs 3 [--log benchmarks/results/NAME.jsonl]
 
-An untimed epoch to warm up, then plain, regulated, regulated with a queue, plain again. All ask the usual teacher, whose answers
-are cached. Prints the part of the visits that was used, and the student's seconds as a fraction of plain distillation's.
+An untimed epoch to warm up, then plain, regulated, regulated with a queue, plain again. All ask the usual teacher, whose answers are
+cached where the set has no augmentation (on digits it is asked at each step). Prints the part of the visits that was used, and the student's seconds as a fraction of plain distillation's.
 """
 import argparse
 import json

@@ -74,20 +74,23 @@ def regulation_table(runs):
         if rows[0]["method"] == "regulated_kd":
             arguments = rows[0]["arguments"]
             teacher = "none" if arguments["mode"] == "ce" else "usual" if arguments["plain_teacher"] else "self-regulated"
-            flags = changes({**rows[0], "arguments": {**arguments, "mode": "regulated", "plain_teacher": False, "queue": False}})
-            key = (arguments["preset"], MODES.index(arguments["mode"]), arguments["queue"], teacher, flags)
+            preset = importlib.import_module("regulated_kd").PRESETS[arguments["preset"]]
+            shown = {key: preset[key] for key in ("mode", "plain_teacher", "queue")}       # they have columns of their own
+            flags = changes({**rows[0], "arguments": {**arguments, **shown}})
+            networks = f"{arguments['teacher']} → {arguments['student']}"
+            key = (arguments["preset"], MODES.index(arguments["mode"]), arguments["queue"], teacher, flags, networks)
             groups.setdefault(key, []).append((arguments["seed"], rows))
     if not groups:
         return
-    print("\n| regulated_kd, preset | mode | teacher | chosen rows | flags | teacher | **student, last epoch** | images used, % of visits | "
-          "never used, % | student, s | teacher, s | seeds |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for (preset, mode, queue, teacher, flags), found in sorted(groups.items()):
+    print("\n| regulated_kd, preset | mode | networks | teacher | chosen rows | flags | teacher, % | **student, last epoch** | "
+          "steps on % of images x epochs | never used, % | student, s | teacher, s | seeds |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for (preset, mode, queue, teacher, flags, networks), found in sorted(groups.items()):
         last = [[row for row in rows if row["event"] == "epoch"][-1] for _, rows in found]
         total = [round(row["sample_uses"] / row["data_fraction"] / (row["epoch"] + 1)) for row in last]
         student = statistics.mean(sum(row.get("seconds_distillation", 0) for row in rows) for _, rows in found)
         trained = statistics.mean(sum(row.get("seconds_training", 0) + row.get("teacher_seconds", 0) for row in rows) for _, rows in found)
         regulated = MODES[mode] in ("regulated", "hybrid")
-        print(f"| {preset} | {MODES[mode]} | {teacher} | {('queued' if queue else 'at each visit') if regulated else '-'} | "
+        print(f"| regulated_kd, {preset} | {MODES[mode]} | {networks} | {teacher} | {('queued' if queue else 'at each visit') if regulated else '-'} | "
               f"{f'`{flags}`' if flags else '-'} | {'-' if teacher == 'none' else spread([found[0][1][-1]['teacher_acc']])} | "
               f"**{spread([rows[-1]['student_acc_last'] for _, rows in found])}** | {spread([row['data_fraction'] for row in last])} | "
               f"{spread([row['never_used'] / m for row, m in zip(last, total)])} | {student:.0f} | {trained:.0f} | "

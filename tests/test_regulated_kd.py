@@ -95,7 +95,7 @@ def toy(count=60, crop=0, names=("lenet5", "lenet5_half")):
 
 
 def settings_of(**changes):
-    return tiny_settings(rk, **{"batch_size": 16, "teacher_batch_size": 16, "scan_batch_size": 24, "epochs": 3, "teacher_epochs": 3, **changes})
+    return tiny_settings(rk, **{"alpha_epochs": 1.6, "lr_student": 1e-3, "lr_teacher": 1e-3, "batch_size": 16, "teacher_batch_size": 16, "scan_batch_size": 24, "epochs": 3, "teacher_epochs": 3, **changes})
 
 
 def trained(look=None, counts=None, toys=None, **changes):
@@ -170,8 +170,18 @@ def test_regulated_with_the_mask_forced_to_1_equals_kd(monkeypatch):
     plain = trained(mode="kd")[0]
     monkeypatch.setattr(rk, "participates", lambda logits, labels, *a: torch.ones_like(labels, dtype=torch.bool))
     assert equal(trained(mode="regulated")[0], plain) and equal(trained(mode="regulated", reduction="visited")[0], plain)
-    # the queue, too: 60 images in full batches of 16 and one of 12, whatever was looked at together
-    assert trained(mode="regulated", queue=True)[2].state["student_steps"] == 12
+    assert close(trained(mode="regulated", queue=True)[0], plain)          # the same images in the same order, whatever was looked at together
+
+
+def test_a_queue_makes_full_batches(monkeypatch):
+    monkeypatch.setattr(rk, "participates", lambda logits, labels, *a: torch.arange(len(labels)) % 3 == 0)
+    sizes, reduced = [], rk.reduced_loss
+    monkeypatch.setattr(rk, "reduced_loss", lambda losses, *a: sizes.append(len(losses)) or reduced(losses, *a))
+    trained(queue=True, epochs=2)
+    assert sizes == [16, 4] * 2                                # 8 + 8 + 4 of looks at 24, 24 and 12
+    sizes.clear()
+    trained(epochs=2)
+    assert sizes == [6, 6, 6, 4] * 2
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -181,11 +191,13 @@ def test_a_batch_in_which_nobody_takes_part_moves_nothing(optimizer, queue, monk
     snapshots = []
 
     def look(state):
-        snapshots.append((weights_of(state["model"]), str(state["optimizer"].state_dict()["state"])))
+        moments = {f"{place} {name}": torch.as_tensor(value).clone() for place, kept in state["optimizer"].state_dict()["state"].items()
+                   for name, value in kept.items()}
+        snapshots.append((weights_of(state["model"]), moments))
     monkeypatch.setattr(rk, "participates", lambda logits, labels, *a: torch.full_like(labels, len(snapshots) < 3, dtype=torch.bool))
     trained(look, optimizer=optimizer, weight_decay=0.1, queue=queue)
-    last = snapshots[2 if not queue else 3]
-    assert equal(snapshots[-1][0], last[0]) and snapshots[-1][1] == last[1] and len(snapshots) > 6
+    last = snapshots[2]
+    assert equal(snapshots[-1][0], last[0]) and last[1] and equal(last[1], snapshots[-1][1]) and len(snapshots) > 6
     assert not equal(snapshots[0][0], snapshots[1][0])
 
 
@@ -295,13 +307,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named():
         trained(mode="kd", lr_student=float("inf"))
 
 
-def test_hooks_and_flags_are_back_after_an_exception():
-    def stop(state):
-        if state["distillation_step"] == 2:
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_hooks_and_flags_are_back_after_an_exception(whose):
+    """Raised inside a network: the teacher's answers, or the student's look at who takes part."""
+    toys, calls = toy(), []
+
+    def stop(network, inputs):
+        calls.append(network.training)
+        if len(calls) == 4:
             raise KeyError
-    toys = toy()
+    for network in toys[:1 if whose == "teacher" else 2][-1:]:
+        network.register_forward_pre_hook(stop)
     with pytest.raises(KeyError):
-        trained(stop, toys=toys)
+        trained(toys=(toys[0], toys[1], toys[2]._replace(crop=1), toys[3]))
+    assert not calls[-1] or whose == "student"
     assert all(p.requires_grad for network in toys[:2] for p in network.parameters()) and toys[1].training
 
 
@@ -330,7 +349,7 @@ def test_a_run_leaves_what_it_promises(teacher_file, in_tmp, capsys):
 @pytest.mark.parametrize("mode", ["kd", "ce"])
 def test_a_run_without_a_self_regulated_teacher(mode, teacher_file, in_tmp):
     rk.main([*tiny_args(rk, teacher_file), "--mode", mode, "--plain-teacher", "--out", "out"])
-    assert [row["event"] for row in rows_of(in_tmp / "out")] == ["start", *["note"] * (mode == "kd"), "epoch", "epoch", "end"]
+    assert [row["event"] for row in rows_of(in_tmp / "out")] == ["start", "epoch", "epoch", "end"]       # no seconds in that file
     assert not list((in_tmp / "checkpoints").glob("*regulated*")) and (in_tmp / "out" / "regulation.png").exists()
 
 
@@ -342,9 +361,12 @@ def test_the_picture_shows_the_counts_and_the_images():
     assert [list(line.get_ydata()) for line in left.lines] == [[50, 25], [10]]
     assert [bar.get_height() for bar in middle.patches] == torch.bincount(counts.long()).tolist()
     sheet = torch.as_tensor(right.images[0].get_array())                                  # 8 x 8 images: the most above, the least below
-    first, last = counts.argsort(stable=True).flip(0)[0], counts.argsort(stable=True)[0]
+    first, last = 12, 0
+    assert counts[first] == 12 and counts[last] == 0
     assert torch.allclose(sheet[:8, :8, 0].float(), train.pixels[first, 0] / 16) and torch.allclose(sheet[32:40, :8, 0].float(), train.pixels[last, 0] / 16)
     figure.savefig(io.BytesIO(), format="png")
+    few = common.ImageSet(torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8), torch.arange(20))     # few images, in colour
+    rk.draw_regulation(torch.arange(20.0), 19, {"student": [1.0]}, few, "the student").savefig(io.BytesIO(), format="png")
 
 
 TICKS = 12      # 2 + 2 epochs of 3 steps
@@ -360,8 +382,9 @@ def test_a_killed_run_ends_like_one_that_was_not(saves, queue, in_tmp, monkeypat
 
     def args(folder):
         return [*tiny_args(rk, "./plain.pt"), "--student", "lenet5_half", "--mode", "hybrid", "--significance", f"{folder}.pt", *["--queue"] * queue,
-                "--batch-size", "100", "--out", folder, "--resume"]
+                "--batch-size", "100" if queue else "480", "--out", folder, "--resume"]
     rk.main(args("straight"))
+    assert rows_of(in_tmp / "straight")[-2]["epoch"] == 1
     kill_at(monkeypatch, saves)
     for _ in saves:
         with pytest.raises(Killed):
@@ -373,11 +396,48 @@ def test_a_killed_run_ends_like_one_that_was_not(saves, queue, in_tmp, monkeypat
     assert torch.equal(one["counts"], other["counts"]) and one["curve"] == other["curve"] and equal(one["weights"], other["weights"])
 
 
+@pytest.mark.parametrize("mode", ["kd", "ce", "regulated"])
+def test_a_killed_run_with_the_usual_teacher_ends_like_one_that_was_not(mode, in_tmp, monkeypatch):
+    data = common.DATASETS["digits"]
+    with common.seeded(0):
+        run.save_classifier(in_tmp / "plain.pt", models.build_model("lenet5", 10, data.image_shape), "lenet5", data, "digits", seconds=7.0)
+
+    def args(folder):
+        return [*tiny_args(rk, "./plain.pt"), "--student", "lenet5_half", "--mode", mode, "--plain-teacher", "--out", folder, "--resume"]
+    rk.main(args("straight"))
+    kill_at(monkeypatch, [2, 6])
+    for _ in range(2):
+        with pytest.raises(Killed):
+            rk.main(args("killed"))
+    rk.main(args("killed"))
+    monkeypatch.undo()
+    assert_same_run(in_tmp / "straight", in_tmp / "killed")
+    assert sum(row.get("teacher_seconds") == 7 for row in rows_of(in_tmp / "killed")) == (mode != "ce")
+
+
+def test_resume_goes_on_with_the_counts_it_began_with(in_tmp, monkeypatch):
+    """Also when the teacher's file was put there anew meanwhile."""
+    data = common.DATASETS["digits"]
+    with common.seeded(0):
+        run.save_classifier(in_tmp / "plain.pt", models.build_model("lenet5", 10, data.image_shape), "lenet5", data, "digits")
+    args = [*tiny_args(rk, "./plain.pt"), "--student", "lenet5_half", "--mode", "significance", "--significance", "s.pt", "--resume", "--out"]
+    rk.main([*args, "straight"])
+    kill_at(monkeypatch, [2])
+    with pytest.raises(Killed):
+        rk.main([*args, "killed"])
+    content = torch.load(in_tmp / "s.pt", weights_only=True)
+    content["result"]["counts"] = content["result"]["counts"].flip(0)
+    torch.save(content, in_tmp / "s.pt")
+    rk.main([*args, "killed"])
+    monkeypatch.undo()
+    assert_same_run(in_tmp / "straight", in_tmp / "killed")
+
+
 def test_the_teachers_file_is_told_apart_by_every_setting_that_shaped_it():
     import inspect
     import re
     read = {name for function in (rk.train_teacher, rk.regulated_pass, rk.pass_state) for name in re.findall(r"settings\.(\w+)", inspect.getsource(function))}
-    assert read <= set(rk.SIGNIFICANCE_SETTINGS), read - set(rk.SIGNIFICANCE_SETTINGS)
+    assert read | {"dataset", "precision"} <= set(rk.SIGNIFICANCE_SETTINGS), read - set(rk.SIGNIFICANCE_SETTINGS)
 
 
 @pytest.mark.parametrize("flags, message", [
