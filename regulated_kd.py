@@ -13,7 +13,8 @@ regulates itself as the teacher did, and one that does both. All real images and
      teacher's counts / its epochs = significance w of an image ══► weight of that image in the student's loss
      images ══► teacher ══► logits ══► KL ◄── student
 
-Run    python regulated_kd.py --dataset digits      RUNLINE
+Run    python regulated_kd.py --dataset digits      seeds 0-4, last epoch: student 95.56 ± 0.79 %, teacher 97.22 %, 37 s a run with
+                                                    both trainings, one CPU thread (benchmarks/results/regulated_kd-digits-seed*.jsonl)
        python regulated_kd.py --dataset mnist --mode hybrid      LeNet-5 to LeNet-5-half; the README's table has all modes
 Copy   confidence, participates, confidence_threshold, significance_weights, kd_losses, cckd_losses, reduced_loss, pass_state,
        regulated_pass, rate, check, train_teacher, distill

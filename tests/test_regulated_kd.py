@@ -338,7 +338,8 @@ def test_distill_on_a_gpu(queue):
 def test_a_run_leaves_what_it_promises(teacher_file, in_tmp, capsys):
     rk.main([*tiny_args(rk, teacher_file), "--mode", "hybrid", "--out", "out"])
     rows = rows_of(in_tmp / "out", without_seconds=False)
-    assert [row["event"] for row in rows] == ["start", "teacher", "teacher", "epoch", "epoch", "end"]
+    assert [row["event"] for row in rows] == ["start", "teacher", "teacher", "note", "epoch", "epoch", "end"]
+    assert "BatchNorm" in rows[3]["text"]                      # the toy has some, and there is no queue
     assert {"student_acc", "agreement", "seconds_distillation", "seconds_evaluation", "student_steps", "teacher_queries", "share", "sample_uses",
             "data_fraction", "never_used", "threshold"} <= set(rows[-2]) and rows[1]["seconds_training"] > 0
     assert {path.name for path in (in_tmp / "out").iterdir()} == {"log.jsonl", "student.pt", "checkpoint.pt", "regulation.png"}
