@@ -64,7 +64,10 @@ def confidence(logits, labels, measure="gap", temperature=1.0):
 
     gap    largest probability minus the second largest [unofficial code]
     true   probability of the true class [inferred]
+    Raises ValueError for another word.
     """
+    if measure not in ("gap", "true"):
+        raise ValueError(f"measure must be gap or true, not {measure!r}")
     p = F.softmax(logits / temperature, dim=1)
     if measure == "true":
         return p.gather(1, labels[:, None])[:, 0]
@@ -88,7 +91,10 @@ def significance_weights(counts, epochs, normalization="epochs"):
     epochs   count / epochs, in [0, 1]
     max      count / the largest count, in [0, 1]
     mean1    count / the mean of those above 0: the mean loss keeps its size
+    Raises ValueError for another word.
     """
+    if normalization not in ("epochs", "max", "mean1"):
+        raise ValueError(f"normalization must be epochs, max or mean1, not {normalization!r}")
     counts = counts.float()
     if normalization == "max":
         return counts / counts.max().clamp(min=1)

@@ -59,6 +59,12 @@ def test_golden_3_significance():
         assert not rk.significance_weights(torch.zeros(3), 5, kind).any()
 
 
+def test_words_that_are_no_choice_are_refused():
+    for call in (lambda: rk.confidence(Z, Y, "Gap"), lambda: rk.significance_weights(torch.ones(3), 5, "sum")):
+        with pytest.raises(ValueError, match="must be"):
+            call()
+
+
 def test_golden_4_losses_of_each_image():
     near(rk.kd_losses(Z, ZT, Y, 1, hard=0), [0.000894, 3.446725, 1.749210, 3.192422, 2.343362, 0.978343])
     near(rk.kd_losses(Z, ZT, Y, 4, hard=0), [0.003747, 6.470153, 4.432268, 4.425131, 4.017267, 2.520251])
