@@ -152,7 +152,8 @@ def regulated_pass(state, name, batch_size, train, rows, losses_of, threshold, c
     """One pass of state["model"] over `rows` (M',) of the training set; with a `threshold` it learns from those that take part.
 
     `losses_of(logits, images, rows) -> (N,)`. `counts` (M,), of every image how often it took part, is kept up to date: indexed by
-    the image's place in the set, whatever the order and augmentation. A batch without a chosen image moves nothing.
+    the image's place in the set, whatever the order and augmentation. A batch without a chosen image moves nothing; with BatchNorm nor
+    does a single one, which waits for the next pass in the queue, and does not count without.
     """
     model, optimizer, size = state["model"], state["optimizer"], batch_size
 
@@ -172,6 +173,7 @@ def regulated_pass(state, name, batch_size, train, rows, losses_of, threshold, c
             state["student_steps"] += 1
 
     model.train()
+    least = 2 if batchnorms(model) else 1                      # BatchNorm cannot normalise one image whose last map is 1x1
     queueing = threshold is not None and settings.queue
     visit = settings.scan_batch_size if queueing else size
     total = math.ceil(len(rows) / visit)
@@ -186,6 +188,8 @@ def regulated_pass(state, name, batch_size, train, rows, losses_of, threshold, c
                 logits = model(images).float()                                            # (N, K)
             takes_part = participates(logits, train.labels[batch], threshold, settings.confidence, settings.confidence_temperature)
             chosen, images = batch[takes_part], images[takes_part]                        # (N',) (N', C, H, W)
+            if len(chosen) < least and not queueing:
+                chosen = chosen[:0]
         counts[chosen] += 1                                    # an image comes once in a batch
         state["epoch_uses"] += len(chosen)
         # -------- pass 2, of the chosen: the loss, its gradient, a step
@@ -196,7 +200,7 @@ def regulated_pass(state, name, batch_size, train, rows, losses_of, threshold, c
         queue_images, queue_rows, waiting = state["queue_images"], state["queue_rows"], state["queued"]
         queue_images[waiting:waiting + len(chosen)], queue_rows[waiting:waiting + len(chosen)] = images, chosen
         waiting += len(chosen)
-        while waiting >= size or (waiting and step == total - 1):                         # full batches; what is left when the pass ends
+        while waiting >= size or (waiting >= least and step == total - 1):                # full batches; what is left when the pass ends
             now = min(size, waiting)
             learn(queue_images[:now], queue_rows[:now])
             waiting -= now

@@ -2,8 +2,9 @@
 
     python benchmarks/regulated_saving.py --dataset mnist --epochs 3 [--log benchmarks/results/NAME.jsonl]
 
-An untimed epoch to warm up, then plain, regulated, regulated with a queue, plain again. All ask the usual teacher, whose answers are
-cached where the set has no augmentation (on digits it is asked at each step). Prints the part of the visits that was used, and the student's seconds as a fraction of plain distillation's.
+An untimed epoch to warm up, then plain, regulated, regulated with a queue for batches of several sizes, plain again. All ask the usual
+teacher, whose answers are cached where the set has no augmentation (on digits it is asked at each step). Prints the part of the visits
+that was used, and the student's seconds as a fraction of plain distillation's.
 """
 import argparse
 import json
@@ -20,7 +21,8 @@ from common import accuracy, load_dataset, predict, seeded
 from models import build_model
 from run import device_name, load_teacher, set_up_device, versions
 
-VARIANTS = {"kd": dict(mode="kd"), "regulated": {}, "regulated, queued": dict(queue=True)}
+VARIANTS = {"kd": dict(mode="kd"), "regulated": {}, "regulated, queued": dict(queue=True),
+            **{f"regulated, queued in {size}s": dict(queue=True, batch_size=size) for size in (64, 32, 16)}}
 
 
 class Stopwatch:
@@ -52,7 +54,7 @@ def main(argv=None):
     train, _ = load_dataset(given.dataset, True, given.data_dir, device)
     test, _ = load_dataset(given.dataset, False, given.data_dir, device)
     found = {}
-    for number, name in enumerate(["kd", "kd", "regulated", "regulated, queued", "kd"]):
+    for number, name in enumerate(["kd", *VARIANTS, "kd"]):
         settings = SimpleNamespace(**{**regulated_kd.PRESETS[given.dataset], "epochs": given.epochs if number else 1, **VARIANTS[name]}, seed=0)
         with seeded(0):
             student = build_model("lenet5_half", data.num_classes, data.image_shape).to(device, memory_format=torch.channels_last)
@@ -61,10 +63,10 @@ def main(argv=None):
         if number:
             found.setdefault(name, []).append((watch.seconds, watch.share, accuracy(predict(student, test, data), test.labels)))
     plain = statistics.mean(seconds for seconds, _, _ in found["kd"])
-    print(f"{given.dataset}, {given.epochs} epochs, {device_name(device)}\n{'':>18s} {'used':>8s} {'seconds':>9s} {'of plain':>9s} {'accuracy':>9s}")
+    print(f"{given.dataset}, {given.epochs} epochs, {device_name(device)}\n{'':>24s} {'used':>8s} {'seconds':>9s} {'of plain':>9s} {'accuracy':>9s}")
     for name, runs in found.items():
         seconds, share, acc = (statistics.mean(values) for values in zip(*runs))
-        print(f"{name:>18s} {share:8.3f} {seconds:9.2f} {seconds / plain:9.2f} {acc:9.4f}")
+        print(f"{name:>24s} {share:8.3f} {seconds:9.2f} {seconds / plain:9.2f} {acc:9.4f}")
         row = dict(variant="saving", kind=name, dataset=given.dataset, epochs=given.epochs, used=round(share, 4), seconds=round(seconds, 2),
                    of_plain=round(seconds / plain, 3), student_acc=acc, device=device_name(device), versions=versions())
         if given.log:

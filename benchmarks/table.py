@@ -97,6 +97,15 @@ def regulation_table(runs):
               f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
 
 
+def saving_table(rows):
+    """regulated_kd: what choosing images saves, side by side in one process."""
+    if rows:
+        print(f"\n| regulated_kd against plain distillation, {rows[0]['dataset']}, {rows[0]['epochs']} epochs, seed 0, the usual teacher, one process "
+              f"({rows[0]['device']}) | steps on % of visits | student, s | of plain | student, last epoch |\n|---|---|---|---|---|")
+        for row in rows:
+            print(f"| {row['kind']} | {100 * row['used']:.1f} | {row['seconds']:.1f} | {row['of_plain']:.2f} | {100 * row['student_acc']:.2f} |")
+
+
 MODES = ["ce", "kd", "significance", "regulated", "hybrid"]
 
 
@@ -125,6 +134,7 @@ def main():
               f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
     curriculum_grid(runs)
     regulation_table(runs)
+    saving_table([row for rows in logs.values() for row in rows if row.get("variant") == "saving"])
     machines = sorted({rows[0]["device"] for rows in runs.values()})
     print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\n"
           "which takes half a minute on digits; those of csd's ablations are left out: some reuse the preset's bank, one ran beside the tests.")
