@@ -1,7 +1,7 @@
 """common.py: the plumbing that `distill` functions share. It knows nothing of distillation.
 
 Rooms, in reading order:
-    1  datasets               whole sets as uint8 tensors on the device; batched crop and flip
+    1  datasets               whole sets as uint8 tensors on the device; batched crop, flip, RandAugment, elastic
     2  looking inside a model inputs and statistics of any layer of any network, through hooks that live inside a `with`
     3  measuring              accuracy, agreement, calibration
     4  inside a long loop     optimizer, schedule, running means, a counter that survives a kill
@@ -18,6 +18,7 @@ Train a teacher by itself:   python common.py --model resnet34 --dataset cifar10
 """
 import contextlib
 import functools
+import hashlib
 import io
 import math
 import re
@@ -162,6 +163,62 @@ def _read_folder(name, train, device):
     return ImageSet(pixels.to(device), labels.to(device)), data
 
 
+def picture_names(path):
+    """All pictures under a folder, whatever their names, as sorted paths. Raises BadInput if there is none."""
+    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+    found = sorted(name for name in Path(path).rglob("*") if name.suffix.lower() in kinds) if path else []
+    if not found:
+        raise BadInput(f"there is no picture in folder '{path}'; name one with {', '.join(kinds)} files, in folders of their own or not")
+    return found
+
+
+def read_pictures(names, size):
+    """Picture files -> (M, 3, size, size) uint8: shorter side resized to `size`, centre cut out. Raises BadInput for a damaged one."""
+    from PIL import Image
+    cut = torchvision.transforms.Compose([torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size),
+                                          torchvision.transforms.PILToTensor()])
+    found = []
+    for name in names:
+        try:
+            with Image.open(name) as picture:
+                found.append(cut(picture.convert("RGB")))
+        except Exception as error:   # PIL has no one exception for what it cannot read
+            raise BadInput(f"{name} is no whole image ({error})") from None
+    return torch.stack(found)
+
+
+def real_pictures(name, data_dir="data"):
+    """Pictures without their labels, of a data set's training half or of any folder:PATH, which need not hold classes.
+
+    Returns how many there are, read(rows, size) -> pixels (n, C, H, W) in [0, 1] of some of them, and a text that changes when a folder's
+    files do. Raises BadInput as `load_dataset` and `picture_names` do.
+    """
+    if name.startswith("folder:"):
+        names = picture_names(name.removeprefix("folder:"))
+        content = hashlib.sha256(repr([(str(path), path.stat().st_size) for path in names]).encode()).hexdigest()[:16]
+        return len(names), lambda rows, size: read_pictures([names[row] for row in rows], size) / 255, content
+    (pixels, _, scale), _ = load_dataset(name, True, data_dir)
+    return len(pixels), lambda rows, size: pixels[rows] / scale, ""
+
+
+def fit_pixels(pixels, data):
+    """Pixels (N, C', H', W') in the shape that a DataSpec names: grey, or grey three times, and resized.   -> (N, C, H, W), in [0, 1]"""
+    channels, *size = data.image_shape
+    if pixels.shape[1] != channels:
+        pixels = pixels.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if list(pixels.shape[2:]) != size:
+        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return pixels.clamp(0, 1)
+
+
+def same_data(name, other):
+    """Whether two names of data sets, as `load_dataset` takes them, name the same images, at whatever size; a folder in a folder does."""
+    if name.startswith("folder:") and other.startswith("folder:"):
+        one, two = (Path(re.sub(r"@\d+$", "", text.removeprefix("folder:"))).resolve() for text in (name, other))
+        return one == two or one in two.parents or two in one.parents
+    return re.sub("(mnist)28$", r"\1", name) == re.sub("(mnist)28$", r"\1", other)
+
+
 @functools.lru_cache
 def _on_device(values, device):
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
@@ -213,6 +270,76 @@ def augment(pixels, data, rng):
     return crop_by_offsets(pixels, data.crop, top, left, flip)
 
 
+def rand_augment(pixels, rng, operations=2, magnitude=14, fill=0.0):
+    """RandAugment (Cubuk et al. 2020) on the device: `operations` times, each of 14 operations takes an equal part of the batch.
+
+    pixels (N, C, H, W) in [0, 1] -> the same. One call an operation, whatever N is; under 14 images some have no part. Magnitude of
+    30: at 14 shear 0.14, translate 0.21 of the side, turn 14 degrees, factors 1 ± 0.42, 6 bits, invert above 0.533. `fill`, a number
+    or (C, 1, 1), is what comes in from outside. Bilinear.
+    """
+    level, device = magnitude / 30, pixels.device
+    sizes = torch.tensor([0.3, 0.3, 0.9, 0.9, math.radians(30)], device=device) * level   # a side is 2: from -1 to 1
+    for _ in range(operations):
+        order = torch.randperm(len(pixels), generator=rng, device=device)
+        sign = 2.0 * torch.randint(2, (len(pixels), 1, 1, 1), generator=rng, device=device) - 1
+        parts, signs = pixels[order].tensor_split(14), sign.tensor_split(14)
+        moved, kinds = torch.cat(parts[1:6]), torch.eye(5, device=device).split(1)
+        if len(moved):                                         # one sampling for shear in x and y, translation in x and y, rotation
+            amount = torch.cat([kind * sign.view(-1, 1) for kind, sign in zip(kinds, signs[1:6])]) * sizes        # (N', 5)
+            shear_x, shear_y, shift_x, shift_y, turn = amount.unbind(1)
+            come_from = torch.stack([turn.cos(), shear_x - turn.sin(), shift_x, shear_y + turn.sin(), turn.cos(), shift_y], 1)
+            grid = F.affine_grid(come_from.view(-1, 2, 3), moved.shape, align_corners=False)
+            moved = F.grid_sample(moved - fill, grid, align_corners=False) + fill
+        bright, colour, contrast, sharp, bits, solar, stretched, flat = parts[6:]
+        factor = [1 + 0.9 * level * part for part in signs]
+        smooth = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        step = 2 ** round(4 * level) / 255                     # so many bits fewer than 8
+        even = _grey(contrast).mean((2, 3), keepdim=True)
+        pixels = torch.cat([parts[0], moved, bright * factor[6], torch.lerp(_grey(colour), colour, factor[7]),
+                            torch.lerp(even, contrast, factor[8]), torch.lerp(smooth, sharp, factor[9]),
+                            (bits / step + 1e-4).floor() * step, torch.where(solar > 1 - level, 1 - solar, solar), _autocontrast(stretched),
+                            _equalized(flat)])[order.argsort()].clamp(0, 1)
+    return pixels
+
+
+def _grey(pixels):
+    """Luminance.   (N, C, H, W) -> (N, 1, H, W)"""
+    if pixels.shape[1] != 3:
+        return pixels.mean(1, keepdim=True)
+    return (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def _autocontrast(pixels):
+    """Each channel of each image stretched to [0, 1]; a flat one stays as it is."""
+    low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (pixels - low) / (high - low).clamp(min=1e-6), pixels)
+
+
+def _equalized(pixels):
+    """Each channel of each image with its grey levels spread evenly: a level becomes the part of the pixels under it."""
+    level = (255 * pixels).round().long().flatten(0, 1).flatten(1)                        # (N·C, H·W)
+    counts = level.new_zeros(len(level), 256).scatter_add_(1, level, torch.ones_like(level))          # whole numbers: exact on a GPU too
+    below, largest = counts.cumsum(1) - counts, level.amax(1, keepdim=True)
+    flat = largest == level.amin(1, keepdim=True)              # one level only: as it is
+    spread = (below / (level.shape[1] - counts.gather(1, largest)).clamp(min=1)).gather(1, level)
+    return torch.where(flat, level / 255, spread).view_as(pixels)
+
+
+def elastic(pixels, rng, alpha=50.0, sigma=5 / 32):
+    """Every picture bent by a field of random shifts, uniform in ±alpha/32 half sides before it is smoothed over `sigma` sides.
+
+    pixels (N, C, H, W) -> the same. What remains of a shift is about a pixel at 32x32, as in torchvision's ElasticTransform(50, 5).
+    """
+    def smoothing(side):                                       # (side, side), Gaussian rows of sum 1
+        place = torch.arange(side, device=pixels.device) / side
+        return (-((place[:, None] - place) / sigma) ** 2 / 2).softmax(1)
+    n, _, height, width = pixels.shape
+    field = 2 * torch.rand(n, 2, height, width, generator=rng, device=pixels.device) - 1
+    shift = (smoothing(height) @ field @ smoothing(width).T) * alpha / 32                 # (N, 2, H, W)
+    still = F.affine_grid(torch.eye(2, 3, device=pixels.device).expand(n, -1, -1), pixels.shape, align_corners=False)
+    return F.grid_sample(pixels, still + shift.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+
+
 class Shuffled:
     """Batches of indices 0..n-1: without replacement, reshuffled when used up, the short last batch of a pass kept.
 
@@ -230,6 +357,13 @@ class Shuffled:
             self.order, self.position = torch.randperm(n, generator=self.rng, device=self.rng.device), 0
         batch = self.order[self.position:self.position + batch_size]
         self.position += len(batch)
+        return batch
+
+    def full(self, n, batch_size):
+        """The same, but where a pass ends the next one fills the batch up."""
+        batch = self.next(n, batch_size)
+        while len(batch) < batch_size:
+            batch = torch.cat([batch, self.next(n, batch_size - len(batch))])
         return batch
 
     def state_dict(self):
@@ -450,10 +584,10 @@ def cosine(value, step, steps):
     return value * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def build_optimizer(model, name, lr, weight_decay):
+def build_optimizer(model, name, lr, weight_decay, nesterov=False):
     """'sgd' with momentum 0.9, or 'adam': AdamW, which without weight decay is Adam."""
     if name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=weight_decay)
+        return torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=weight_decay, nesterov=nesterov)
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
 
 

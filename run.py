@@ -32,7 +32,7 @@ from models import build_model, check_model_name, foreign_model
 SAVE_EVERY = 60.0     # seconds between checkpoints
 RUN_FORMAT = 1        # raised when checkpoints of an older version can no longer be continued
 CLASSIFIER_FORMAT = "distillation-classifier-1"
-STAGES = ("bank", "generator", "teacher")      # events of what is made once for all students: with counters and seconds, as epochs
+STAGES = ("bank", "generator", "pool", "teacher")      # events of what is made once for all students: with counters and seconds, as epochs
 _signals = []         # SIGINT or SIGTERM that came: the next `tick` saves and stops
 
 

@@ -97,6 +97,51 @@ def regulation_table(runs):
               f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
 
 
+def surrogate_table(runs):
+    """surrogate_kd: one row a set of pictures, one column a way to use it. Entropies and seconds are of the balanced runs."""
+    groups = {}
+    for rows in runs.values():
+        arguments = rows[0]["arguments"]
+        if rows[0]["method"] == "surrogate_kd" and rows[-1].get("student_acc_last") is not None:           # else it trained or scored nothing
+            preset = importlib.import_module("surrogate_kd").PRESETS[arguments["preset"]]
+            shown = {key: preset[key] for key in ("surrogate", "balance", "boundary_attack")}              # they have columns of their own
+            flags = changes({**rows[0], "arguments": {**arguments, **shown}})
+            key = (arguments["preset"], arguments["surrogate"], f"{arguments['teacher']} → {arguments['student']}", flags)
+            groups.setdefault(key, {}).setdefault((arguments["balance"], arguments["boundary_attack"]), []).append(rows)
+    if not groups:
+        return
+
+    def mean(found, event, key):
+        values = [row[key] for rows in found for row in rows if row["event"] == event]
+        return f"{statistics.mean(values):.3f}" if values else "-"
+    ways = [(False, False), (True, False), (True, True)]
+    print("\n| surrogate_kd, preset | surrogate | networks | flags | teacher, % | relative entropy: all pictures | balanced | balanced, as training "
+          "shows them | **student, last epoch**: unbalanced | balanced | balanced, attacked | seconds | seeds |\n"
+          "|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for (preset, surrogate, networks, flags), cells in sorted(groups.items()):
+        scores, balanced = [], cells.get((True, False), [])
+        every = [rows for found in cells.values() for rows in found]
+        seeds = sorted({rows[0]["arguments"]["seed"] for rows in every})
+        for found in (cells.get(way, []) for way in ways):
+            fewer = f" ({len(found)} of the seeds)" if 0 < len(found) < len(seeds) else ""
+            scores.append(f"**{spread([rows[-1]['student_acc_last'] for rows in found])}**{fewer}" if found else "-")
+        seconds = round(statistics.mean(rows[-1]["seconds"] for rows in balanced)) if balanced else "-"
+        print(f"| surrogate_kd, {preset} | {surrogate} | {networks} | {f'`{flags}`' if flags else '-'} | {spread([every[0][-1]['teacher_acc']])} | "
+              f"{mean(balanced, 'pool', 'relative_entropy_before')} | {mean(balanced, 'surrogate', 'relative_entropy')} | "
+              f"{mean(balanced, 'surrogate', 'relative_entropy_augmented')} | {' | '.join(scores)} | {seconds} | {', '.join(map(str, seeds))} |")
+
+
+def generation_table(rows):
+    """Pictures a second of each procedural generator, every run that is committed."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["device"], row["generator"]), []).append(row["images_per_second"])
+    if found:
+        print("\n| pictures of 32x32 a second | machine | images/s, each run |\n|---|---|---|")
+        for (device, generator), rates in found.items():
+            print(f"| {generator} | {device} | {', '.join(f'{rate:.0f}' for rate in rates)} |")
+
+
 def saving_table(rows):
     """regulated_kd: what choosing images saves, side by side in one process."""
     if rows:
@@ -114,7 +159,7 @@ def main():
     runs = {name: rows for name, rows in logs.items() if rows[0].get("event") == "start"}
     groups = {}
     for name, rows in runs.items():
-        if rows[0]["method"] == "regulated_kd":                # real images: a table of its own
+        if rows[0]["method"] in ("regulated_kd", "surrogate_kd"):          # with real images, with other images: tables of their own
             continue
         arguments = rows[0]["arguments"]
         key = (arguments["preset"], rows[0]["method"], changes(rows[0]), arguments["teacher"], arguments["student"])
@@ -135,6 +180,8 @@ def main():
     curriculum_grid(runs)
     regulation_table(runs)
     saving_table([row for rows in logs.values() for row in rows if row.get("variant") == "saving"])
+    surrogate_table(runs)
+    generation_table([row for rows in logs.values() for row in rows if row.get("variant") == "generation"])
     machines = sorted({rows[0]["device"] for rows in runs.values()})
     print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\n"
           "which takes half a minute on digits; those of csd's ablations are left out: some reuse the preset's bank, one ran beside the tests.")

@@ -27,6 +27,8 @@ Variants:
                 copies in all 11 teacher passes, weight gradients in teacher and student in the generator's step, ten batches one by
                 one, two accuracies with .item(), a KL and a sorted batch of images a step. Without their pictures and scoring. Ours on a
                 CPU: --images-per-pass 128.
+    surrogate_kd  no steps: how many procedural pictures of 32x32 a second each generator makes, on one thread of a CPU unless --threads
+                says otherwise, or on a GPU; 64 at a time on a CPU, 1,024 on a GPU.
 The scoring of the test set is added to a step of dafl and rdskd by its share: the authors' cadence above, and ours, once in 120 steps.
 It is not in the numerator. --batch-size sets all batch sizes of all but csd; on a CPU it is 32, cudfkd's 256, with the scoring in proportion.
 """
@@ -49,6 +51,7 @@ import cudfkd
 import dafl
 import deepinversion
 import rdskd
+import surrogate_kd
 from common import DATASETS, autocast, batchnorms, first_linear, frozen, last_linear, normalize, recorded_inputs, seeded
 from models import build_model
 from run import compile_networks, device_name, set_up_device, versions
@@ -484,9 +487,34 @@ def count_flops(variant, batch, device):
     return {phase: (laps[0] * batch / 8, watch.median(phase) * batch / 8) for phase, laps in watch.seconds.items() if phase != "evaluation"}
 
 
+def generation_rates(settings, device):
+    """Pictures a second of each generator of surrogate_kd, the median of the laps."""
+    count, rng = 1024 if device.type == "cuda" else 64, torch.Generator(device).manual_seed(0)
+    print(f"surrogate_kd on {device_name(device)}, {count} pictures of 32x32 at a time\n{'generator':>18s} {'images/s':>10s}")
+    for name, make in surrogate_kd.GENERATORS.items():
+        seconds = []
+        for _ in range(settings.laps + 1):                     # the first one warms up
+            wait(device)
+            began = time.perf_counter()
+            make(count, 32, rng)
+            wait(device)
+            seconds.append(time.perf_counter() - began)
+        rate = count / statistics.median(seconds[1:])
+        print(f"{name:>18s} {rate:10.0f}", flush=True)
+        write_row(settings.log, dict(method="surrogate_kd", variant="generation", generator=name, images_per_second=round(rate, 1), size=32,
+                                     count=count, device=device_name(device), versions=versions()))
+
+
+def write_row(path, row):
+    """Append one JSON line to the log, if there is one."""
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--method", choices=[*METHODS, "surrogate_kd"], required=True)
     parser.add_argument("--laps", type=int, default=4, help="timed steps a variant and phase, plus one to warm up")
     parser.add_argument("--device")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"])
@@ -496,6 +524,10 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=0, help="of all methods but csd [cudfkd 256; 32 on a CPU, else the preset's]")
     settings = parser.parse_args(argv)
     settings.deterministic = False
+    if settings.method == "surrogate_kd":
+        settings.threads = settings.threads or 1
+        generation_rates(settings, set_up_device(settings))
+        return
     device = set_up_device(settings)
     count, variants = METHODS[settings.method]
     full = {"rdskd": 512, "dafl-mnist": 512, "deepinversion": 256, "cudfkd": 256}.get(settings.method, 1024)
@@ -520,9 +552,7 @@ def main(argv=None):
                 row[phase]["gflop_done"] = round(done[name][phase][1] / 1e9, 1)
             print(f"{name:>10s} {phase:>13s} {seconds:9.3f} {work / seconds / 1e9:9.1f} {ceiling / 1e9:9.1f} "
                   f"{work / seconds / ceiling:9.2f} {row[phase].get('gflop_done', math.nan):11.1f}", flush=True)
-        if settings.log:
-            with open(settings.log, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        write_row(settings.log, row)
 
 
 if __name__ == "__main__":

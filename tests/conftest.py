@@ -18,6 +18,7 @@ import models  # noqa: E402
 import rdskd  # noqa: E402
 import regulated_kd  # noqa: E402
 import run as run_module  # noqa: E402
+import surrogate_kd  # noqa: E402
 import zskd  # noqa: E402
 
 TINY = dict(epochs=2, batch_size=8, student_steps=3, synthesis_batch_size=10, synthesis_steps=2, latent_dim=6, bank_rounds=2,
@@ -30,6 +31,7 @@ TINY_OF = {
     deepinversion: dict(epochs=2, batch_size=8, student_steps=3, initial_batches=2, pool_batches=4, synthesis_batch_size=10, synthesis_steps=2),
     cudfkd: dict(epochs=2, batch_size=8, student_steps=4, round_steps=2, synthesis_batch_size=6, images_per_pass=5, latent_dim=6, generator_width=4),
     regulated_kd: dict(epochs=2, teacher_epochs=2, batch_size=480, teacher_batch_size=480, scan_batch_size=480),
+    surrogate_kd: dict(epochs=2, batch_size=8, pool_images=40, pool_budget=1, attacks=2, attack_iterations=4),
     zskd: dict(epochs=2, batch_size=8, impressions=20, synthesis_batch_size=12, synthesis_steps=2),
 }
 

@@ -16,13 +16,14 @@ import dafl
 import deepinversion
 import rdskd
 import regulated_kd
+import surrogate_kd
 import zskd
 from conftest import ROOT
 
 # method files and the most lines that each may have
 METHODS = {"csd": (csd, 500), "dafl": (dafl, 500), "rdskd": (rdskd, 500), "deepinversion": (deepinversion, 500),
-           "cudfkd": (cudfkd, 500), "regulated_kd": (regulated_kd, 500)}
-DATA_FREE = sorted(set(METHODS) - {"regulated_kd"})
+           "cudfkd": (cudfkd, 500), "regulated_kd": (regulated_kd, 500), "surrogate_kd": (surrogate_kd, 650)}
+DATA_FREE = sorted(set(METHODS) - {"regulated_kd", "surrogate_kd"})
 LIMITS = {"common": 750, "models": 750, "run": 750, **{name: limit for name, (_, limit) in METHODS.items()}}
 
 

@@ -54,3 +54,11 @@ def test_the_authors_of_cudfkd_take_weight_gradients_at_rest_and_ours_run_a_whol
     wasted = forward_flops("wrn40_2", 8, 3) + forward_flops("wrn16_1", 8, 3)
     assert authors - here == pytest.approx(wasted, rel=1e-6)
     assert here > 11 * forward_flops("wrn40_2", 8, 3) + 30 * forward_flops("wrn16_1", 8, 3)
+
+
+def test_every_generator_of_pictures_is_timed(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    throughput.main(["--method", "surrogate_kd", "--laps", "1", "--log", str(log)])
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["generator"] for row in rows] == list(throughput.surrogate_kd.GENERATORS) and "1 threads" in rows[0]["device"]
+    assert all(row["images_per_second"] > 1 and row["variant"] == "generation" for row in rows) and "images/s" in capsys.readouterr().out
