@@ -12,7 +12,9 @@ augmentation and mixup, the third by pushing pictures across a boundary and keep
                 ══► just across, just before, and both a step deeper: these are half of each batch (--boundary-attack)
      images ══► teacher ══► answers ══► KL ◄── student ◄── the identical images                              (══► no gradient)
 
-Run    RUNFIGURES
+Run    python surrogate_kd.py --dataset digits      clouds; seeds 0-4, last epoch: student 94.89 ± 0.50 %, teacher 98.89 %, 59 s a run, two
+                                                    CPU threads, teacher at hand (benchmarks/results/surrogate_kd-digits-seed*.jsonl)
+       python surrogate_kd.py --dataset mnist       dead leaves, LeNet-5 to its half, both with BN; seeds 0-2: 96.57 ± 0.13 %, teacher 99.32
 Copy   kd_loss, one_hot_loss, standardized, relative_entropy, feature_spread, noise_images, spectrum_magnitude, spectrum_images,
        leaf_radius_cdf, leaves_images, ifs_points, fractal_images, shader_images, random_generator_images, strokes, mixup,
        augment_surrogates, cross_entropy_step, boundary_pairs, deeper, attacked_images, balanced_pool, inspect_surrogate, distill
@@ -63,9 +65,9 @@ def kd_loss(student_logits, teacher_logits, temperature):
 
 
 def one_hot_loss(student_logits, teacher_logits):
-    """CE of the student with the teacher's first choice, mean over the batch [notes; inferred].   (N, K), (N, K) -> (), at least 0
+    """CE of the student with the teacher's first choice, mean over the batch [inferred].   (N, K), (N, K) -> (), at least 0
 
-    The ablation: what the teacher says, without its doubts.
+    The ablation in the [notes]: what the teacher says, without its doubts.
     """
     return F.cross_entropy(student_logits, teacher_logits.argmax(1))
 
@@ -548,7 +550,7 @@ SYNTHETIC = dict(   # the released config, four operations [code]; T, 50,000 bal
     attack_iterations=20, attack_threshold=0.9, deeper_step=4.0, deeper_radius=16.0)
 OF_REAL = dict(balance=False, strokes=False, elastic=False, invert=0.0, attack_target="random")
 REAL = {**SYNTHETIC, **OF_REAL, "surrogate": "cifar100", "temperature": 2.0, "randaugment": 2}
-MNIST = {**SYNTHETIC, "epochs": 12, "batch_size": 128, "surrogate": "fractal", "pool_images": 20_000, "strokes": True, "temperature": 4.0,
+MNIST = {**SYNTHETIC, "epochs": 12, "batch_size": 128, "surrogate": "leaves", "pool_images": 20_000, "strokes": True, "temperature": 4.0,
          "pool_budget": 3, "pad": 2, "optimizer": "adam", "lr_student": 2e-3, "weight_decay": 0.0, "attacks": 1,       # [inferred], all
          "randaugment": 1, "invert": 0.0, "fill": "black", "mixup": False}    # a teacher of bright marks on black knows nothing else
 DIGITS = {**MNIST, "surrogate": "spectrum", "epochs": 40, "pool_images": 5000, "pool_budget": 4, "pad": 1}
