@@ -1,6 +1,6 @@
 """Sufficient sampling, drawn: where the pictures of a surrogate set lie in a teacher's plane of decisions, and what a student makes of them.
 
-    python benchmarks/sampling_picture.py --dataset mnist --surrogates noise fractal --out picture.png
+    python benchmarks/sampling_picture.py --dataset mnist --surrogates noise leaves --out picture.png
 
 Teacher and student end in two features, a plane that can be drawn whole: colour is the class that a point of the plane gets, dots are the
 pictures of the set. Left the teacher's plane, right the student's after distillation; one row a set. A set that leaves parts of the
@@ -71,9 +71,9 @@ def draw(axis, model, pixels, data, title, points=2000):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mnist", choices=["digits", "mnist", "fashion_mnist"])
-    parser.add_argument("--surrogates", nargs="+", default=["noise", "fractal"], choices=surrogate_kd.GENERATORS)
-    parser.add_argument("--teacher-epochs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--surrogates", nargs="+", default=["noise", "leaves"], choices=surrogate_kd.GENERATORS)
+    parser.add_argument("--teacher-epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--pool-images", type=int, default=10_000)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device")
