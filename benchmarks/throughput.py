@@ -28,9 +28,10 @@ Variants:
                 one, two accuracies with .item(), a KL and a sorted batch of images a step. Without their pictures and scoring. Ours on a
                 CPU: --images-per-pass 128.
     surrogate_kd  no steps: how many procedural pictures of 32x32 a second each generator makes, on one thread of a CPU unless --threads
-                says otherwise, or on a GPU; 64 at a time on a CPU, 1,024 on a GPU. What limits more on a CPU, by a profile: memory
-                traffic for noise, spectrum, leaves (each of 200 leaves is tested at every pixel) and fractals (220 steps of the chaos
-                game, one after another, of 64 points a picture); matrix products and sines for shaders; convolutions for the generator.
+                says otherwise, or on a GPU; 64 at a time on a CPU, 1,024 on a GPU. What limits more on a CPU, by a profile:
+                element-wise operations for noise, spectrum, leaves (each of 200 leaves is tested at every pixel) and fractals (220 steps of
+                the chaos game, one after another, of 64 points a picture), and beside matrix products for shaders; convolutions for the
+                generator.
 The scoring of the test set is added to a step of dafl and rdskd by its share: the authors' cadence above, and ours, once in 120 steps.
 It is not in the numerator. --batch-size sets all batch sizes of all but csd; on a CPU it is 32, cudfkd's 256, with the scoring in proportion.
 """

@@ -45,6 +45,14 @@ def test_golden_1_at_high_temperature_it_is_a_distance_of_centred_logits():
     near(sk.kd_loss(S, T, 2000.0), 3.65625, 3e-3)
 
 
+def test_the_ablations_loss_and_standardized_logits():
+    near(sk.one_hot_loss(S, T), F.cross_entropy(S, torch.tensor([2, 1])).item())          # T's first choices
+    rows = sk.standardized(T)
+    near(rows.mean(1), [0.0, 0.0])
+    near(rows.std(1), [1.0, 1.0])
+    near(sk.standardized(3 * T + 7), rows.tolist())
+
+
 @pytest.mark.parametrize("counts, entropy", [([5, 3, 2, 0], 0.742738), ([25] * 4, 1.0), ([97, 1, 1, 1], 0.120970), ([100, 0, 0, 0], 0.0)])
 def test_golden_2_relative_entropy(counts, entropy):
     near(sk.relative_entropy(torch.tensor(counts)), entropy, 1e-6)
@@ -300,6 +308,16 @@ def test_a_short_class_repeats_its_pictures_and_an_empty_one_leaves_its_share():
     assert pool["labels"].min() >= 0
 
 
+def test_a_short_class_alone_gets_its_whole_share_from_its_own_pictures():
+    def draw(start, n, rng):                                   # one of class 9 in 64, the others even
+        level = torch.rand(n, 1, 1, 1, generator=rng) * 0.9
+        level[0] = 0.95
+        return level.expand(-1, 1, 8, 8)
+    pool = sk.balanced_pool(Brightness(), PLAIN, settings_of(pool_images=200, pool_budget=3), draw)
+    assert 0 < pool["seen"][9] < 20 <= pool["seen"][:9].min() and (torch.bincount(pool["labels"], minlength=10) == 20).all()
+    assert torch.equal(Brightness()(pool["pixels"] / 255).argmax(1), pool["labels"])
+
+
 def test_a_set_with_fewer_pictures_than_are_asked_for():
     level = torch.linspace(0, 1, 70)
 
@@ -415,6 +433,22 @@ def test_attacked_images_are_four_of_each_and_none_where_there_is_nothing_to_cro
     assert none.shape == (0, 1, 8, 8) and asked == 40
 
 
+def test_attacked_images_go_to_their_targets_and_a_step_deeper_each_on_its_own_side():
+    """After: the pseudo-label; before: another class; deeper: the same classes, surer of them."""
+    classify, data = small_classifier(7), PLAIN._replace(num_classes=5)
+    pixels = torch.rand(64, 1, 8, 8, generator=rng_of(), dtype=D)
+    with torch.no_grad():
+        labels = (classify(pixels).argmax(1) + 1) % 5
+        made, _ = sk.attacked_images(classify, pixels, labels, data, settings_of(attack_target="pseudo", attack_radius=48.0, attack_iterations=20), rng_of())
+        _, _, rows, _ = sk.boundary_pairs(classify, pixels, labels, 2 / 255, 48 / 255, 20, 0.9)
+        after, before, deeper_after, deeper_before = (classify(part).softmax(1) for part in made.chunk(4))
+    assert len(rows) > 10 and len(made) == 4 * len(rows)
+    assert torch.equal(after.argmax(1), labels[rows]) and (before.argmax(1) != labels[rows]).all()
+    for near_it, further in ((after, deeper_after), (before, deeper_before)):
+        own = near_it.argmax(1, keepdim=True)
+        assert (further.gather(1, own) > near_it.gather(1, own)).all()
+
+
 # --------------------------------------------------------------------------------------------------------------------- trainings
 def toy_pool(n=40):
     return dict(surrogate=torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=rng_of()), pseudo_labels=torch.arange(n) % 10)
@@ -501,6 +535,28 @@ def test_the_attack_takes_its_share_of_each_batch_as_it_is(monkeypatch):
     sizes.clear()
     trained(**{**ATTACKING, "attack_share": 1.0, "attacks": 1})
     assert sizes == [10]                                       # once for both epochs; no clean image
+
+
+def test_an_attack_replaces_the_one_before_also_when_it_finds_fewer(monkeypatch):
+    found = iter([torch.full((20, 1, 8, 8), 1.0), torch.full((6, 1, 8, 8), 0.6)])
+    monkeypatch.setattr(sk, "attacked_images", lambda *a: (next(found), 0))
+    teacher, student, data = tiny_networks()
+    batches = []
+    student.register_forward_pre_hook(lambda module, inputs: batches.append(common.denormalize(inputs[0], data)))
+    sk.distill(teacher, student, data, settings_of(**ATTACKING), **toy_pool(37))          # 5 batches of 4: not all 19 in order
+    assert all(torch.allclose(batch[4:], torch.tensor(1.0 if number < 5 else 0.6), atol=1e-5) for number, batch in enumerate(batches))
+
+
+def test_the_attack_gets_each_picture_with_its_own_pseudo_label(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sk, "attacked_images", lambda teacher, pixels, labels, *a: seen.append((pixels, labels)) or (pixels[:0], 0))
+    teacher, student, data = tiny_networks()
+    labels = torch.arange(40) % 10
+    surrogate = (10 * labels).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)       # the grey level is the label
+    off = dict(randaugment=0, elastic=False, invert=0.0, mirror=False, pad=0, mixup=False)
+    sk.distill(teacher, student, data, settings_of(**ATTACKING, **off), surrogate=surrogate, pseudo_labels=labels)
+    for pixels, given in seen:
+        assert torch.allclose(255 * pixels.mean((1, 2, 3)), 10.0 * given, atol=1e-3) and len(set(given.tolist())) > 1
 
 
 def test_without_an_attacked_image_training_goes_on_with_clean_ones(monkeypatch):
