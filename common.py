@@ -1,55 +1,65 @@
-"""common.py: the plumbing that `distill` functions share. It knows nothing of distillation.
+"""common.py: data sets, models, teachers and run folders. It knows nothing of distillation.
 
-Rooms, in reading order:
-    1  datasets               whole sets as uint8 tensors on the device; batched crop, flip, RandAugment, elastic
-    2  looking inside a model inputs and statistics of any layer of any network, through hooks that live inside a `with`
-    3  measuring              accuracy, agreement, calibration
-    4  inside a long loop     optimizer, schedule, running means, a counter that survives a kill
+    1  datasets                  whole sets as uint8 tensors on the device; batched crop and flip
+    2  models                    the field's small classifiers by name, torchvision's, your own
+    3  looking inside a network  inputs and BatchNorm statistics of any layer, through hooks in a `with` block
+    4  measuring                 accuracy, agreement, calibration
+    5  inside a long loop        progress bar, batches, means, learning rates
+    6  teachers                  one file each, trained when first asked for
+    7  a run                     flags, checkpoints, the run folder: for main() alone
 
-The classifiers are in models.py. What only `main()` needs, teachers and the run folder, is in run.py. A copier takes from this file
-alone.
-
-Two words that are kept apart everywhere: `images` are what the teacher eats (normalised with its mean and standard
-deviation); `pixels` are values in [0, 1], for looking at, cropping and storing.
+Two words are kept apart everywhere: `images` are what a network takes (normalised with the data's mean and
+standard deviation); `pixels` are values in [0, 1], for cropping, storing and looking at.
 
 Letters: N batch, K classes, C H W image, D features.
 
 Train a teacher by itself:   python common.py --model resnet34 --dataset cifar10
 """
+import argparse
+import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
+import importlib
+import inspect
 import io
+import json
 import math
+import os
+import platform
 import re
+import sys
+import textwrap
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. The message is one sentence: what is wrong, what is accepted, what to type."""
+    """The user's input cannot be used. One sentence: what is wrong, what is accepted, what to type."""
 
 
-# ------------------------------------------------------------------------------------------------------- 1. datasets
+# ----------------------------------------------------------------------------------------------- 1. datasets
 class DataSpec(NamedTuple):
-    """All that a data-free student may know about the data. It travels in the teacher's file and holds no image."""
+    """All that a data-free student may know about the data. It holds no image; a teacher's file carries it."""
     image_shape: tuple   # (C, H, W)
     num_classes: int
     mean: tuple          # per channel, of pixels in [0, 1]
-    std: tuple           # per channel, of all pixels together (not the mean of per-image deviations) unless noted below
+    std: tuple           # per channel, over all pixels of the set
     crop: int = 0        # zero padding in pixels before a random crop back to (H, W); 0 = no crop
-    flip: bool = False   # random horizontal flip, p = 1/2
+    flip: bool = False   # random horizontal flip with probability 1/2
 
 
 class ImageSet(NamedTuple):
-    """Real images with labels, whole, on the device. No data-free `distill` ever receives one."""
+    """Real images with labels, all on the device. No data-free `distill` receives one."""
     pixels: torch.Tensor   # (N, C, H, W) uint8; value / scale is in [0, 1]
     labels: torch.Tensor   # (N,) int64
     scale: float = 255.0   # 16 for `digits`, whose files hold 17 grey levels
@@ -58,16 +68,16 @@ class ImageSet(NamedTuple):
 DATASETS = {
     # mean and std of the 1,437 training images, pixel = value / 16
     "digits": DataSpec((1, 8, 8), 10, (0.3054,), (0.3759,), crop=1),
-    "mnist": DataSpec((1, 32, 32), 10, (0.1307,), (0.3081,)),            # the usual constants, measured at 28x28
+    "mnist": DataSpec((1, 32, 32), 10, (0.1307,), (0.3081,)),       # the usual constants, measured at 28x28
     "mnist28": DataSpec((1, 28, 28), 10, (0.1307,), (0.3081,)),
     "fashion_mnist": DataSpec((1, 32, 32), 10, (0.2860,), (0.3530,)),
     "fashion_mnist28": DataSpec((1, 28, 28), 10, (0.2860,), (0.3530,)),
-    "svhn": DataSpec((3, 32, 32), 10, (0.5,) * 3, (0.5,) * 3),           # CMI and CSD normalise it so, without crop or flip
-    # 0.2023... is the mean of per-image deviations (the pixel deviation is 0.2470...). Published CIFAR-10 teachers were
-    # trained with it, and BatchNorm statistics only mean something with the constants that they were taken with.
+    "svhn": DataSpec((3, 32, 32), 10, (0.5,) * 3, (0.5,) * 3),      # as CMI and CSD: no crop, no flip
+    # 0.2023... is the mean of the images' own deviations (that of all pixels is 0.2470...). Published CIFAR-10
+    # teachers were trained with it, and BatchNorm statistics depend on the constants they were taken with.
     "cifar10": DataSpec((3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), crop=4, flip=True),
     "cifar100": DataSpec((3, 32, 32), 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), crop=4, flip=True),
-    "imagenet": DataSpec((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=28, flip=True),    # no images here
+    "imagenet": DataSpec((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=28, flip=True),
 }
 NO_DOWNLOAD = "for a run that needs no download, type: --dataset digits"
 
@@ -77,20 +87,20 @@ def dataset_names():
 
 
 def load_dataset(name, train, data_dir="data", device="cpu"):
-    """The whole training or test set. Returns (ImageSet, DataSpec).
+    """The whole training or test set.   -> ImageSet, DataSpec
 
-    `digits`: 1,797 real 8x8 digits inside scikit-learn, split 1,437 / 360 by a fixed permutation; no download.
-    `folder:PATH[@SIZE]`: PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, shorter side resized to SIZE and centre-cropped.
-    The others come through torchvision, from `data_dir` or, if they are not there, from the internet.
+    `digits`: 1,797 real 8x8 digits inside scikit-learn, split 1,437 / 360 by a fixed permutation.
+    `folder:PATH@SIZE`: PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, shorter side resized to SIZE, centre
+    cropped. The others come from `data_dir` or, if they are not there, from the internet.
     Raises BadInput if the set is unknown, or can neither be found nor downloaded.
     """
     if name.startswith("folder:"):
         return _read_folder(name, train, device)
     if name not in DATASETS:
         raise BadInput(f"unknown data set '{name}'; choose from {dataset_names()}")
-    data = DATASETS[name]
     if name == "imagenet":
-        raise BadInput("ImageNet's images are not read here; the name is for synthesis with a teacher of torchvision's")
+        raise BadInput("ImageNet's images are not read here; its name is for synthesis with a torchvision teacher")
+    data = DATASETS[name]
     if name == "digits":
         import numpy
         from sklearn.datasets import load_digits
@@ -100,13 +110,13 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
         pixels = torch.tensor(values[order], dtype=torch.uint8).reshape(-1, 1, 8, 8)
         return ImageSet(pixels.to(device), torch.tensor(labels[order]).long().to(device), scale=16.0), data
     pixels, labels = _read_torchvision(name.removesuffix("28"), train, Path(data_dir))
-    if pixels.shape[2:] != data.image_shape[1:]:                                          # (N, 1, 28, 28) -> (N, 1, 32, 32)
+    if pixels.shape[2:] != data.image_shape[1:]:                             # (N, 1, 28, 28) -> (N, 1, 32, 32)
         pixels = F.interpolate(pixels.float(), data.image_shape[1:], mode="bilinear").round().to(torch.uint8)
     return ImageSet(pixels.contiguous().to(device), labels.long().to(device)), data
 
 
 def _read_torchvision(name, train, data_dir):
-    """(N, C, H, W) uint8 and (N,) labels of a torchvision set; downloads it if it is not in `data_dir`."""
+    """(N, C, H, W) uint8 and (N,) labels of a torchvision set, downloaded if it is not in `data_dir`."""
     class_name, folder = {"mnist": ("MNIST", "MNIST/raw"), "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
                           "svhn": ("SVHN", "."), "cifar10": ("CIFAR10", "cifar-10-batches-py"),
                           "cifar100": ("CIFAR100", "cifar-100-python")}[name]
@@ -114,7 +124,7 @@ def _read_torchvision(name, train, data_dir):
     which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         found = build(data_dir, download=False, **which)
-    except Exception:   # not there, incomplete or damaged: torchvision has no one exception for it
+    except Exception:      # missing, incomplete or damaged: torchvision has no one exception for it
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 found = build(data_dir, download=True, **which)
@@ -125,22 +135,22 @@ def _read_torchvision(name, train, data_dir):
     pixels = torch.as_tensor(found.data)
     labels = torch.as_tensor(found.labels if name == "svhn" else found.targets)
     if pixels.dim() == 3:
-        pixels = pixels[:, None]                                                          # (N, H, W) -> (N, 1, H, W)
+        pixels = pixels[:, None]                                             # (N, H, W) -> (N, 1, H, W)
     elif pixels.shape[-1] == 3:
-        pixels = pixels.permute(0, 3, 1, 2)                                               # (N, H, W, C) -> (N, C, H, W)
+        pixels = pixels.permute(0, 3, 1, 2)                                  # (N, H, W, C) -> (N, C, H, W)
     return pixels, labels
 
 
 def _read_folder(name, train, device):
-    path, _, size = name.removeprefix("folder:").rpartition("@") if re.search(r"@\d+$", name) else (name.removeprefix("folder:"), "", "")
-    root = Path(path) / ("train" if train else "test")
-    if not root.is_dir():
-        raise BadInput(f"'{name}' needs the folder {root} with one folder a class in it; {NO_DOWNLOAD}")
+    """Images in class folders; mean and std are always those of PATH/train."""
+    path, _, size = re.fullmatch(r"folder:(.*?)(@(\d+))?", name, re.S).groups()
     if size and not 1 <= int(size) <= 1024:
         raise BadInput(f"'{name}': the size after @ must be 1 to 1024 pixels")
 
-    def read(root):
-        steps = [torchvision.transforms.PILToTensor()]
+    def read(part):
+        root, steps = Path(path, part), [torchvision.transforms.PILToTensor()]
+        if not root.is_dir():
+            raise BadInput(f"'{name}' needs the folder {root} with one folder a class in it; {NO_DOWNLOAD}")
         if size:
             steps = [torchvision.transforms.Resize(int(size)), torchvision.transforms.CenterCrop(int(size)), *steps]
         try:
@@ -152,242 +162,323 @@ def _read_folder(name, train, device):
             raise BadInput(f"{root} holds a file that is no whole image ({error})") from None
         except RuntimeError:
             raise BadInput(f"the images in {root} differ in size; give one, for example {name}@32") from None
-    pixels, labels, classes = read(root)
-    reference, _, train_classes = (pixels, labels, classes) if train else read(Path(path) / "train")
+    pixels, labels, classes = read("train" if train else "test")
+    reference, _, train_classes = (pixels, labels, classes) if train else read("train")
     if classes != train_classes:
         raise BadInput(f"{path}/train and {path}/test hold different class folders")
     reference = reference.double() / 255
-    mean, std = reference.mean((0, 2, 3)), reference.std((0, 2, 3)).clamp(min=1e-3)
-    data = DataSpec(tuple(pixels.shape[1:]), len(classes), tuple(round(v, 4) for v in mean.tolist()),
-                    tuple(round(v, 4) for v in std.tolist()), crop=pixels.shape[-1] // 8, flip=True)
+    mean, std = (tuple(round(v, 4) for v in values.tolist())
+                 for values in (reference.mean((0, 2, 3)), reference.std((0, 2, 3)).clamp(min=1e-3)))
+    data = DataSpec(tuple(pixels.shape[1:]), len(classes), mean, std, crop=pixels.shape[-1] // 8, flip=True)
     return ImageSet(pixels.to(device), labels.to(device)), data
 
 
-def picture_names(path):
-    """All pictures under a folder, whatever their names, as sorted paths. Raises BadInput if there is none."""
-    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    found = sorted(name for name in Path(path).rglob("*") if name.suffix.lower() in kinds) if path else []
-    if not found:
-        raise BadInput(f"there is no picture in folder '{path}'; name one with {', '.join(kinds)} files, in folders of their own or not")
-    return found
-
-
-def read_pictures(names, size):
-    """Picture files -> (M, 3, size, size) uint8: shorter side resized to `size`, centre cut out. Raises BadInput for a damaged one."""
-    from PIL import Image
-    cut = torchvision.transforms.Compose([torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size),
-                                          torchvision.transforms.PILToTensor()])
-    found = []
-    for name in names:
-        try:
-            with Image.open(name) as picture:
-                found.append(cut(picture.convert("RGB")))
-        except Exception as error:   # PIL has no one exception for what it cannot read
-            raise BadInput(f"{name} is no whole image ({error})") from None
-    return torch.stack(found)
-
-
-def real_pictures(name, data_dir="data"):
-    """Pictures without their labels, of a data set's training half or of any folder:PATH, which need not hold classes.
-
-    Returns how many there are, read(rows, size) -> pixels (n, C, H, W) in [0, 1] of some of them, and a text that changes when a folder's
-    files do. Raises BadInput as `load_dataset` and `picture_names` do.
-    """
-    if name.startswith("folder:"):
-        names = picture_names(name.removeprefix("folder:"))
-        content = hashlib.sha256(repr([(str(path), path.stat().st_size) for path in names]).encode()).hexdigest()[:16]
-        return len(names), lambda rows, size: read_pictures([names[row] for row in rows], size) / 255, content
-    (pixels, _, scale), _ = load_dataset(name, True, data_dir)
-    return len(pixels), lambda rows, size: pixels[rows] / scale, ""
-
-
-def fit_pixels(pixels, data):
-    """Pixels (N, C', H', W') in the shape that a DataSpec names: grey, or grey three times, and resized.   -> (N, C, H, W), in [0, 1]"""
-    channels, *size = data.image_shape
-    if pixels.shape[1] != channels:
-        pixels = pixels.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    if list(pixels.shape[2:]) != size:
-        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return pixels.clamp(0, 1)
-
-
-def same_data(name, other):
-    """Whether two names of data sets, as `load_dataset` takes them, name the same images, at whatever size; a folder in a folder does."""
-    if name.startswith("folder:") and other.startswith("folder:"):
-        one, two = (Path(re.sub(r"@\d+$", "", text.removeprefix("folder:"))).resolve() for text in (name, other))
-        return one == two or one in two.parents or two in one.parents
-    return re.sub("(mnist)28$", r"\1", name) == re.sub("(mnist)28$", r"\1", other)
-
-
-@functools.lru_cache
-def _on_device(values, device):
+@functools.lru_cache           # kept on the device: a copy from the host at every step would make a GPU wait
+def _per_channel(values, device):
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
-def _per_channel(values, like):
-    return _on_device(tuple(values), like.device)            # kept: a copy from the host a step would make a GPU wait
-
-
 def normalize(pixels, data):
-    """pixels (N, C, H, W) in [0, 1] -> images: (pixels - mean) / std per channel, in channels_last, the faster order."""
-    images = (pixels - _per_channel(data.mean, pixels)) / _per_channel(data.std, pixels)
+    """pixels (N, C, H, W) in [0, 1] -> images: (pixels - mean) / std per channel, in channels_last order."""
+    images = (pixels - _per_channel(tuple(data.mean), pixels.device)) / _per_channel(tuple(data.std), pixels.device)
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def denormalize(images, data):
     """images (N, C, H, W) -> pixels, not clamped."""
-    return images * _per_channel(data.std, images) + _per_channel(data.mean, images)
+    return images * _per_channel(tuple(data.std), images.device) + _per_channel(tuple(data.mean), images.device)
 
 
 def crop_by_offsets(pixels, padding, top, left, flip=None):
-    """Zero-pad (N, C, H, W) by `padding`, cut (H, W) out at row `top` (N,) and column `left` (N,), mirror where `flip` (N,).
+    """Zero-pad (N, C, H, W) by `padding`; cut (H, W) out at row top (N,), column left (N,); mirror where flip (N,).
 
-    One gather for the whole batch, differentiable. A Python loop over images, as in kornia's slicing mode, costs a
-    synchronisation per image on a GPU.
+    One gather for the whole batch, differentiable, without waiting for a GPU.
     """
     height, width = pixels.shape[2:]
-    rows = torch.arange(height, device=pixels.device) + top[:, None]                      # (N, H)
-    columns = torch.arange(width, device=pixels.device).expand(len(pixels), -1)           # (N, W)
+    rows = torch.arange(height, device=pixels.device) + top[:, None]         # (N, H)
+    columns = torch.arange(width, device=pixels.device).expand(len(pixels), -1)      # (N, W)
     if flip is not None:
         columns = torch.where(flip[:, None], width - 1 - columns, columns)
     columns = columns + left[:, None]
     which = torch.arange(len(pixels), device=pixels.device)[:, None, None]
     padded = F.pad(pixels, (padding,) * 4)
-    # the indexed dimensions come first, (N, H, W, C): as (N, C, H, W) that is channels_last, which convolutions like
+    # the result is (N, H, W, C); seen as (N, C, H, W) it is in channels_last order, which convolutions prefer
     return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def augment(pixels, data, rng):
-    """The training transform of the data set, in pixel space, before normalisation: random crop and flip as `data` says.
-
-    pixels (N, C, H, W) -> the same shape. Differentiable; an independent draw from `rng` for every image.
-    """
+def augment(pixels, data):
+    """The data set's training transform: random crop and flip, drawn for each image.   (N, C, H, W) -> the same"""
     if not data.crop and not data.flip:
         return pixels
     n, device = len(pixels), pixels.device
-    top, left = torch.randint(0, 2 * data.crop + 1, (2, n), generator=rng, device=device)
-    flip = torch.rand(n, generator=rng, device=device) < 0.5 if data.flip else None
-    return crop_by_offsets(pixels, data.crop, top, left, flip)
+    top, left = torch.randint(0, 2 * data.crop + 1, (2, n), device=device)
+    return crop_by_offsets(pixels, data.crop, top, left, torch.rand(n, device=device) < 0.5 if data.flip else None)
 
 
-def rand_augment(pixels, rng, operations=2, magnitude=14, fill=0.0):
-    """RandAugment (Cubuk et al. 2020) on the device: `operations` times, each of 14 operations takes an equal part of the batch.
+# ------------------------------------------------------------------------------------------------- 2. models
+# A model names `last_map`: the module whose *input* is its last feature map. It is a property, so that the module
+# is registered once.
+class CifarResNet(ResNet):
+    """torchvision's ResNet with a stem for small images: 3x3 stride 1, no max-pool. ResNet-18: 11,173,962 weights."""
+    def __init__(self, block, layers, num_classes, channels):
+        super().__init__(block, layers, num_classes=num_classes)
+        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        self.maxpool = nn.Identity()
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
-    pixels (N, C, H, W) in [0, 1] -> the same. One call an operation, whatever N is; under 14 images some have no part. Magnitude of
-    30: at 14 shear 0.14, translate 0.21 of the side, turn 14 degrees, factors 1 ± 0.42, 6 bits, invert above 0.533. `fill`, a number
-    or (C, 1, 1), is what comes in from outside. Bilinear.
+    last_map = property(lambda self: self.avgpool)       # after stage 4 and its ReLU
+
+
+class WideBlock(nn.Module):
+    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus shortcut. Where the width changes, both branches take the BN-ReLU output."""
+    def __init__(self, width_in, width_out, stride):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(width_in), nn.BatchNorm2d(width_out)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False) if width_in != width_out else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x), inplace=True)
+        kept = x if self.shortcut is None else self.shortcut(out)
+        return kept + self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-k, pre-activation. WRN-40-2: 2,243,546 weights; WRN-16-1: 175,066 (K = 10, C = 3)."""
+    def __init__(self, depth, widen, num_classes, channels):
+        super().__init__()
+        widths, blocks = (16, 16 * widen, 32 * widen, 64 * widen), (depth - 4) // 6
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.groups = nn.Sequential(*[                                       # (N, 64k, H/4, W/4)
+            WideBlock(widths[group if block == 0 else group + 1], widths[group + 1], 2 if group and not block else 1)
+            for group in range(3) for block in range(blocks)])
+        self.bn = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")       # N(0, 2 / (k² C_out))
+        nn.init.zeros_(self.fc.bias)
+
+    last_map = property(lambda self: self.bn)            # group 3 *before* the final BN-ReLU: signed values
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.groups(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class VGG(nn.Module):
+    """VGG with BN for small images: five blocks, max-pool before blocks 1, 2, 3, average pool, one linear layer."""
+    def __init__(self, convolutions, num_classes, channels):
+        super().__init__()
+        layers, width_in = [], channels
+        for block, (width, count) in enumerate(zip((64, 128, 256, 512, 512), convolutions)):
+            layers += [nn.MaxPool2d(2)] if block in (1, 2, 3) else []
+            for _ in range(count):
+                layers += [nn.Conv2d(width_in, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                width_in = width
+        self.features = nn.Sequential(*layers)                               # (N, 512, H/8, W/8)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                nn.init.zeros_(module.bias)
+
+    last_map = property(lambda self: self.pool)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.features(x)).flatten(1))
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 as the data-free papers use it: 61,706 weights, half width 15,738 (C = 1, K = 10; BN adds 44 and 22).
+
+    The padding depends on the image size, 32x32, 28x28 or 8x8, so that conv3 always ends in one pixel.
     """
-    level, device = magnitude / 30, pixels.device
-    sizes = torch.tensor([0.3, 0.3, 0.9, 0.9, math.radians(30)], device=device) * level   # a side is 2: from -1 to 1
-    for _ in range(operations):
-        order = torch.randperm(len(pixels), generator=rng, device=device)
-        sign = 2.0 * torch.randint(2, (len(pixels), 1, 1, 1), generator=rng, device=device) - 1
-        parts, signs = pixels[order].tensor_split(14), sign.tensor_split(14)
-        moved, kinds = torch.cat(parts[1:6]), torch.eye(5, device=device).split(1)
-        if len(moved):                                         # one sampling for shear in x and y, translation in x and y, rotation
-            amount = torch.cat([kind * sign.view(-1, 1) for kind, sign in zip(kinds, signs[1:6])]) * sizes        # (N', 5)
-            shear_x, shear_y, shift_x, shift_y, turn = amount.unbind(1)
-            come_from = torch.stack([turn.cos(), shear_x - turn.sin(), shift_x, shear_y + turn.sin(), turn.cos(), shift_y], 1)
-            grid = F.affine_grid(come_from.view(-1, 2, 3), moved.shape, align_corners=False)
-            moved = F.grid_sample(moved - fill, grid, align_corners=False) + fill
-        bright, colour, contrast, sharp, bits, solar, stretched, flat = parts[6:]
-        factor = [1 + 0.9 * level * part for part in signs]
-        smooth = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        step = 2 ** round(4 * level) / 255                     # so many bits fewer than 8
-        even = _grey(contrast).mean((2, 3), keepdim=True)
-        pixels = torch.cat([parts[0], moved, bright * factor[6], torch.lerp(_grey(colour), colour, factor[7]),
-                            torch.lerp(even, contrast, factor[8]), torch.lerp(smooth, sharp, factor[9]),
-                            (bits / step + 1e-4).floor() * step, torch.where(solar > 1 - level, 1 - solar, solar), _autocontrast(stretched),
-                            _equalized(flat)])[order.argsort()].clamp(0, 1)
-    return pixels
+    def __init__(self, widths, batch_norm, num_classes, channels, size):
+        super().__init__()
+        if size not in (8, 28, 32):
+            raise BadInput(f"lenet5 takes images of 32x32, 28x28 or 8x8, not {size}x{size}")
+        first, second, third, fourth = widths
+        norm = nn.BatchNorm2d if batch_norm else lambda width: nn.Identity()
+        self.conv1, self.norm1 = nn.Conv2d(channels, first, 5, padding=0 if size == 32 else 2), norm(first)
+        self.pool1 = nn.MaxPool2d(2)
+        self.conv2, self.norm2 = nn.Conv2d(first, second, 5, padding=2 if size == 8 else 0), norm(second)
+        self.pool2 = nn.MaxPool2d(2)
+        self.conv3 = nn.Conv2d(second, third, 2 if size == 8 else 5)
+        self.fc1, self.fc2 = nn.Linear(third, fourth), nn.Linear(fourth, num_classes)
+
+    last_map = property(lambda self: self.pool2)
+
+    def forward(self, x):                                                    # at 32x32:
+        x = self.pool1(F.relu(self.norm1(self.conv1(x))))                    # (N, 6, 14, 14)
+        x = self.pool2(F.relu(self.norm2(self.conv2(x))))                    # (N, 16, 5, 5)
+        x = F.relu(self.conv3(x)).flatten(1)                                 # (N, 120)
+        return self.fc2(F.relu(self.fc1(x)))
 
 
-def _grey(pixels):
-    """Luminance.   (N, C, H, W) -> (N, 1, H, W)"""
-    if pixels.shape[1] != 3:
-        return pixels.mean(1, keepdim=True)
-    return (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+class AlexNet(nn.Module):
+    """AlexNet for 32x32 with BN, no dropout: 23,474,250 weights, half width 5,882,922 (K = 10, C = 3)."""
+    def __init__(self, divisor, num_classes, channels, size):
+        super().__init__()
+        if size != 32:
+            raise BadInput(f"alexnet takes images of 32x32, not {size}x{size}")
+        layers, width_in = [], channels
+        for width, kernel, padding, pool in ((64, 5, 0, True), (192, 5, 2, True), (384, 3, 1, False),
+                                             (256, 3, 1, False), (256, 3, 1, True)):
+            width //= divisor
+            layers += [nn.Conv2d(width_in, width, kernel, padding=padding), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.MaxPool2d(3, 2)] if pool else []
+            width_in = width
+        self.features = nn.Sequential(*layers[:-1])                          # (N, 256, 6, 6)
+        self.pool = layers[-1]                                               # (N, 256, 2, 2)
+        wide = 4096 // divisor
+        self.fc = nn.Sequential(nn.Linear(4 * width_in, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(),
+                                nn.Linear(wide, num_classes))
+
+    last_map = property(lambda self: self.pool)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.features(x)).flatten(1))
 
 
-def _autocontrast(pixels):
-    """Each channel of each image stretched to [0, 1]; a flat one stays as it is."""
-    low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
-    return torch.where(high > low, (pixels - low) / (high - low).clamp(min=1e-6), pixels)
+MODELS = {   # name: builder(num_classes, channels, size); WRN-d-k is built by name, any depth 6n + 4 and width
+    "resnet18": lambda k, c, s: CifarResNet(BasicBlock, [2, 2, 2, 2], k, c),
+    "resnet34": lambda k, c, s: CifarResNet(BasicBlock, [3, 4, 6, 3], k, c),
+    "resnet50": lambda k, c, s: CifarResNet(Bottleneck, [3, 4, 6, 3], k, c),
+    "vgg8": lambda k, c, s: VGG((1, 1, 1, 1, 1), k, c),
+    "vgg11": lambda k, c, s: VGG((1, 1, 2, 2, 2), k, c),
+    "vgg13": lambda k, c, s: VGG((2, 2, 2, 2, 2), k, c),
+    "lenet5": lambda k, c, s: LeNet5((6, 16, 120, 84), False, k, c, s),
+    "lenet5_half": lambda k, c, s: LeNet5((3, 8, 60, 42), False, k, c, s),
+    "lenet5_bn": lambda k, c, s: LeNet5((6, 16, 120, 84), True, k, c, s),
+    "lenet5_half_bn": lambda k, c, s: LeNet5((3, 8, 60, 42), True, k, c, s),
+    "alexnet": lambda k, c, s: AlexNet(1, k, c, s),
+    "alexnet_half": lambda k, c, s: AlexNet(2, k, c, s),
+}
 
 
-def _equalized(pixels):
-    """Each channel of each image with its grey levels spread evenly: a level becomes the part of the pixels under it."""
-    level = (255 * pixels).round().long().flatten(0, 1).flatten(1)                        # (N·C, H·W)
-    counts = level.new_zeros(len(level), 256).scatter_add_(1, level, torch.ones_like(level))          # whole numbers: exact on a GPU too
-    below, largest = counts.cumsum(1) - counts, level.amax(1, keepdim=True)
-    flat = largest == level.amin(1, keepdim=True)              # one level only: as it is
-    spread = (below / (level.shape[1] - counts.gather(1, largest)).clamp(min=1)).gather(1, level)
-    return torch.where(flat, level / 255, spread).view_as(pixels)
+def check_model_name(name):
+    """Returns a name that `build_model` knows. Raises BadInput for any other."""
+    wide = re.fullmatch(r"wrn([1-9]\d?\d?)_([1-9]\d?)", name)
+    if name in MODELS or (wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4):
+        return name
+    raise BadInput(f"unknown model '{name}'; choose from {', '.join(MODELS)}, wrnDEPTH_WIDTH (depth 6n + 4, as in "
+                   "wrn16_2), torchvision:NAME, or package.module:function for your own")
 
 
-def elastic(pixels, rng, alpha=50.0, sigma=5 / 32):
-    """Every picture bent by a field of random shifts, uniform in ±alpha/32 half sides before it is smoothed over `sigma` sides.
+def build_model(name, num_classes, image_shape):
+    """A fresh classifier with `forward(images) -> logits (N, K)`. Weights come from torch's global generator.
 
-    pixels (N, C, H, W) -> the same. What remains of a shift is about a pixel at 32x32, as in torchvision's ElasticTransform(50, 5).
+    `name`: one of MODELS, 'wrnDEPTH_WIDTH', 'torchvision:NAME' (untrained) or 'package.module:function'.
+    Raises BadInput for an unknown name or an image size that the model does not take.
     """
-    def smoothing(side):                                       # (side, side), Gaussian rows of sum 1
-        place = torch.arange(side, device=pixels.device) / side
-        return (-((place[:, None] - place) / sigma) ** 2 / 2).softmax(1)
-    n, _, height, width = pixels.shape
-    field = 2 * torch.rand(n, 2, height, width, generator=rng, device=pixels.device) - 1
-    shift = (smoothing(height) @ field @ smoothing(width).T) * alpha / 32                 # (N, 2, H, W)
-    still = F.affine_grid(torch.eye(2, 3, device=pixels.device).expand(n, -1, -1), pixels.shape, align_corners=False)
-    return F.grid_sample(pixels, still + shift.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    channels, height, width = image_shape
+    if ":" in name:
+        return foreign_model(name, num_classes)
+    check_model_name(name)
+    if height != width:
+        raise BadInput(f"model '{name}' takes square images, not {height}x{width}")
+    wide = re.fullmatch(r"wrn(\d+)_(\d+)", name)
+    if wide:
+        return WideResNet(int(wide[1]), int(wide[2]), num_classes, channels)
+    return MODELS[name](num_classes, channels, height)
 
 
-class Shuffled:
-    """Batches of indices 0..n-1: without replacement, reshuffled when used up, the short last batch of a pass kept.
-
-    Its position and order are part of a run's state, so that a resumed run sees the same batches.
-    """
-    def __init__(self, rng):
-        self.rng, self.order, self.position = rng, torch.empty(0, dtype=torch.long), 0
-
-    def restart(self):
-        """Forget the pass in progress; the next batch starts a new one."""
-        self.order, self.position = self.order[:0], 0
-
-    def next(self, n, batch_size):
-        if self.position >= len(self.order):
-            self.order, self.position = torch.randperm(n, generator=self.rng, device=self.rng.device), 0
-        batch = self.order[self.position:self.position + batch_size]
-        self.position += len(batch)
-        return batch
-
-    def full(self, n, batch_size):
-        """The same, but where a pass ends the next one fills the batch up."""
-        batch = self.next(n, batch_size)
-        while len(batch) < batch_size:
-            batch = torch.cat([batch, self.next(n, batch_size - len(batch))])
-        return batch
-
-    def state_dict(self):
-        return {"order": self.order.clone(), "position": self.position}
-
-    def load_state_dict(self, state):
-        self.order, self.position = state["order"].to(self.rng.device), state["position"]
+def foreign_model(name, num_classes, pretrained=False):
+    """'torchvision:NAME', with torchvision's weights if `pretrained`, or 'package.module:function', called bare."""
+    module_name, _, function = name.partition(":")
+    try:
+        if module_name == "torchvision":
+            options = {"weights": "DEFAULT"} if pretrained else {"num_classes": num_classes}
+            return torchvision.models.get_model(function, **options)
+        sys.path.insert(0, os.getcwd())
+        try:
+            model = getattr(importlib.import_module(module_name), function)()
+        finally:
+            sys.path.remove(os.getcwd())
+    except Exception as error:
+        raise BadInput(f"'{name}' could not be built ({type(error).__name__}: {error}); "
+                       "accepted are torchvision:NAME and package.module:function") from None
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"'{name}' returned {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
-# ------------------------------------------------------------------------------------------ 2. looking inside a model
+# ------------------------------------------------------------------------------- 3. looking inside a network
 @contextlib.contextmanager
 def recorded_inputs(modules):
-    """`with recorded_inputs([layer]) as seen: model(images)`; then seen[layer] is the layer's latest first input, with its graph.
+    """`with recorded_inputs([layer]) as seen: model(images)`; then seen[layer] is the layer's latest first input.
 
-    Works on any nn.Module. The hooks are gone when the block ends, also after an exception.
+    It comes in float32, with its graph. Works on any nn.Module. No hook survives the block.
     """
     seen, handles = {}, []
     try:
         for module in modules:
-            handles.append(module.register_forward_pre_hook(lambda module, inputs: seen.__setitem__(module, inputs[0])))
+            handles.append(module.register_forward_pre_hook(
+                lambda module, inputs: seen.__setitem__(module, inputs[0].float())))
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Moments(torch.autograd.Function):
+    """x (N, C, H, W) -> mean (C,), biased variance (C,), float32, with one backward pass for both.
+
+    d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n. On a CPU, torch.var_mean and its backward pass would
+    take a third of CSD's synthesis step.
+    """
+    @staticmethod
+    def forward(ctx, x):
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
+        else:
+            variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_variance):
+        x, mean = ctx.saved_tensors
+        slope = grad_variance * (2 * x.shape[1] / x.numel())
+        offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
+        return torch.addcmul(offset.view(1, -1, 1, 1), x, slope.view(1, -1, 1, 1)).to(x.dtype)
+
+
+@contextlib.contextmanager
+def recorded_statistics(modules):
+    """`with recorded_statistics(layers) as seen: model(images)`; then seen[BatchNorm layer] = (mean, variance).
+
+    Both (channels,), float32, of the layer's *input* over (N, H, W), with their graph. No hook survives the block.
+    """
+    seen, handles = {}, []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(
+                lambda module, inputs: seen.__setitem__(module, Moments.apply(inputs[0]))))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def probe(model, modules, data):
+    """What a forward pass on blank images feeds to these modules: {module: input}, in the order in which they ran."""
+    with torch.no_grad(), frozen(model), scoring(), recorded_inputs(modules) as seen:
+        model(torch.zeros(2, *data.image_shape, device=next(model.parameters()).device))
+    return seen
+
+
+def batchnorms(model, data):
+    """The nn.BatchNorm2d layers with running statistics that a forward pass uses, in order of registration.
+
+    Auxiliary classifiers do not run in eval mode: their layers are left out.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
+    used = probe(model, layers, data)
+    return [layer for layer in layers if layer in used]
 
 
 def last_linear(model):
@@ -398,116 +489,15 @@ def last_linear(model):
     return found[-1]
 
 
-def first_linear(model):
-    """The first nn.Linear after the last nn.Conv2d, LeNet-5: fc1; its input (N, D) is what the convolutions made of an image.
-
-    Without a convolution the last nn.Linear. Raises BadInput if there is none.
-    """
-    found, layers = last_linear(model), [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    last = max((place for place, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)), default=len(layers))
-    return next(iter(layers[last + 1:]), found)
-
-
-def batchnorms(model):
-    """All nn.BatchNorm2d of a model with running statistics, in order of registration."""
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None]
-
-
-def last_map(model, name=""):
-    """The module whose input is the last feature map (N, C, H, W): the one called `name`, else `model.last_map`, else None."""
-    if name:
-        modules = dict(model.named_modules())
-        if name not in modules:
-            raise BadInput(f"{type(model).__name__} has no layer '{name}'; its last ones are {', '.join(list(modules)[-5:])}")
-        return modules[name]
-    return getattr(model, "last_map", None)
-
-
-def last_maps(teacher, student, data, settings):
-    """The layers whose inputs are the last maps of teacher and student, and the shapes of those maps, None if one is unknown.
-
-    Raises BadInput if a layer named in `settings` is not there, or if what it takes is no map.
-    """
-    layers = [last_map(teacher, getattr(settings, "teacher_last_map", "")), last_map(student, getattr(settings, "student_last_map", ""))]
-    if None in layers:
-        return *layers, None
-    images = torch.zeros(2, *data.image_shape, device=next(teacher.parameters()).device)
-    with torch.no_grad(), frozen(teacher, student), recorded_inputs(layers) as seen:
-        teacher(images), student(images)
-    shapes = [tuple(seen[layer].shape) if layer in seen else () for layer in layers]
-    if any(len(shape) != 4 for shape in shapes):
-        raise BadInput(f"the last maps must be (N, C, H, W), but the layers named take {shapes[0]} and {shapes[1]}")
-    return *layers, shapes
-
-
-class _FrozenBatchNorm(torch.autograd.Function):
-    """Eval-mode BN as the affine map that it is, plus the batch mean and variance of its input, in one backward pass.
-
-    Why not nn.BatchNorm2d and torch.var_mean: on a CPU in channels_last, for a map of (200, 32, 32, 32), both together took
-    191 ms forward and backward, and 14 ms here, on the same numbers (benchmarks/results/frozen-batchnorm.jsonl).
-    """
-    @staticmethod
-    def forward(ctx, x, scale, shift, with_statistics):
-        out = torch.addcmul(shift, x, scale).to(x.dtype)
-        if not with_statistics:
-            mean = variance = None
-        elif x.device.type == "cpu" and x.dtype == torch.float32:
-            mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)   # variance is the biased one
-        else:
-            variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-        ctx.save_for_backward(x if with_statistics else None, scale, mean)
-        return out, mean, variance
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_mean, grad_variance):
-        x, scale, mean = ctx.saved_tensors
-        if x is None:
-            return (grad_out * scale).to(grad_out.dtype), None, None, None
-        count = x.numel() / x.shape[1]
-        slope = grad_variance * (2 / count)                    # d variance / dx = 2 (x - mean) / count
-        offset = grad_mean / count - slope * mean              # d mean / dx = 1 / count
-        grad = torch.addcmul(offset.view(1, -1, 1, 1), x, slope.view(1, -1, 1, 1)).addcmul_(grad_out, scale)
-        return grad.to(x.dtype), None, None, None
-
-
-def _frozen_forward(module, seen, x):
-    """What a frozen nn.BatchNorm2d computes; its statistics go to seen[module] unless `seen` is None."""
-    scale = (module.running_var + module.eps).rsqrt()
-    scale = scale if module.weight is None else scale * module.weight
-    shift = -module.running_mean * scale
-    shift = shift if module.bias is None else shift + module.bias
-    out, mean, variance = _FrozenBatchNorm.apply(x, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), seen is not None)
-    if seen is not None:
-        seen[module] = (mean, variance)
-    return out
-
-
-@contextlib.contextmanager
-def _replaced_forwards(modules, seen):
-    """Inside, these BN layers compute `_frozen_forward`. Layers with a forward of their own are left alone."""
-    before = [(module, module.__dict__.get("forward")) for module in modules if type(module) is nn.BatchNorm2d]
-    try:
-        for module, _ in before:
-            module.forward = functools.partial(_frozen_forward, module, seen)
-        yield
-    finally:
-        for module, forward in before:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-
-
 @contextlib.contextmanager
 def frozen(*models):
-    """Inside: eval mode, no weight gradients (a third of a step's work), BN as an affine map. Afterwards: all as before."""
+    """Inside: eval mode and no gradients of weights, a third of a step's work. Afterwards: all as before."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     try:
         for model in models:
             model.eval().requires_grad_(False)
-        with _replaced_forwards([module for model in models for module in batchnorms(model)], None):
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -515,46 +505,42 @@ def frozen(*models):
             parameter.requires_grad_(flag)
 
 
+def in_bf16(network):
+    """Make the forward passes of a network run in bfloat16, but for scoring. Weights and outputs stay float32."""
+    plain = network.forward
+
+    def forward(x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=not _scoring):
+            return plain(x).float()
+    network.forward, network.in_bf16 = forward, True
+    return network
+
+
+def place_like(network, other):
+    """Move a fresh network to where `other` is: its device and precision, and channels_last order."""
+    network.to(next(other.parameters()).device, memory_format=torch.channels_last)
+    return in_bf16(network) if getattr(other, "in_bf16", False) else network
+
+
+# ---------------------------------------------------------------------------------------------- 4. measuring
+_scoring = False
+
+
 @contextlib.contextmanager
-def recorded_statistics(modules):
-    """`with frozen(model), recorded_statistics(batchnorms(model)) as seen: model(images)`; then seen[bn] = (mean, variance).
-
-    Both (channels,), float32, of the layer's *input* over (N, H, W), the variance biased, with their graph. For frozen
-    networks only: weights get no gradient. Nothing stays on the model when the block ends.
-    """
-    seen, handles = {}, []
-
-    def from_input(module, inputs):
-        seen[module] = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)[::-1]
+def scoring():
+    """Inside, networks run in float32 and no teacher query is counted: for scores and probes, not for training."""
+    global _scoring
+    before, _scoring = _scoring, True
     try:
-        for module in modules:
-            if type(module) is not nn.BatchNorm2d:             # a subclass computes its own forward; only look at its input
-                handles.append(module.register_forward_pre_hook(from_input))
-        with _replaced_forwards(modules, seen):
-            yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def seeded(seed):
-    """Inside, torch's global generators start from `seed`; afterwards they are as before. For drawing initial weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
         yield
+    finally:
+        _scoring = before
 
 
-def autocast(settings, device):
-    """Forward passes in bfloat16 with --precision bf16, else in float32. Losses and statistics are taken in float32 anyway."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=getattr(settings, "precision", "fp32") == "bf16")
-
-
-# ------------------------------------------------------------------------------------------------------ 3. measuring
 @torch.no_grad()
 def predict(model, images, data, batch_size=500):
-    """Logits (N, K), float32, of an ImageSet; the model in eval mode meanwhile. Draws no random number."""
-    with frozen(model):
+    """Logits (N, K), float32, of an ImageSet, in eval mode. Draws no random number."""
+    with frozen(model), scoring():
         return torch.cat([model(normalize(pixels / images.scale, data)).float()
                           for pixels in images.pixels.split(batch_size)])
 
@@ -570,18 +556,57 @@ def agreement(logits, other_logits):
 
 
 def expected_calibration_error(logits, labels, bins=15):
-    """Mean |confidence - accuracy| over `bins` equal confidence bins, weighted by their size (Guo et al. 2017). In [0, 1]."""
+    """Mean |confidence - accuracy| over `bins` equal confidence bins, weighted by size (Guo et al. 2017). In [0, 1]."""
     confidence, predicted = logits.softmax(1).max(1)
     correct = (predicted == labels).float()
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1                          # (N,) bin (b/15, (b+1)/15]
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1             # (N,) bin (b/15, (b+1)/15]
     gap = torch.zeros(bins, device=logits.device).index_add_(0, which, confidence - correct)
     return gap.abs().sum().item() / len(labels)
 
 
-# ----------------------------------------------------------------------------------------------- 4. inside a long loop
-def cosine(value, step, steps):
-    """`value` at step 0, falling to 0 at step `steps` along half a cosine."""
-    return value * (1 + math.cos(math.pi * step / steps)) / 2
+# -------------------------------------------------------------------------------------- 5. inside a long loop
+COSTS = collections.Counter()      # of the run in progress: seconds of each phase in this epoch, teacher queries in all
+
+
+def steps(total, name):
+    """`range(total)` with a progress bar. The loop's seconds go to the log as seconds_<name>."""
+    began = time.perf_counter()
+    try:
+        yield from tqdm(range(total), name, leave=False, disable=None)
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        COSTS[f"seconds_{name}"] += time.perf_counter() - began
+
+
+def batches(n, size, device="cpu"):
+    """Endless batches of indices below n: without replacement, reshuffled when used up; a pass's last may be short."""
+    while True:
+        yield from torch.randperm(n, device=device).split(size)
+
+
+class Means:
+    """Means of named terms over a phase. The sums stay on the device, so that no step waits for a GPU."""
+    def __init__(self):
+        self.sums, self.counts = {}, collections.Counter()
+
+    def add(self, **terms):
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if torch.is_tensor(value) else value)
+            self.counts[name] += 1
+
+    def take(self):
+        """{name: mean}. Raises FloatingPointError naming the first term that is not finite."""
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"{name} became {mean}")
+        return means
+
+
+def cosine(value, step, total):
+    """`value` at step 0, falling to 0 at step `total` along half a cosine."""
+    return value * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def build_optimizer(model, name, lr, weight_decay, nesterov=False):
@@ -596,88 +621,756 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
-class Means:
-    """Running means of loss terms, kept on the device: no synchronisation a step. Remembers the first step that was not finite."""
-    def __init__(self, *names, device):
-        self.names, self.count = names, 0
-        self.sums = torch.zeros(len(names), device=device)
-        self.first_bad = torch.full((len(names),), -1, device=device)
-
-    def add(self, *values):
-        values = torch.stack([value.detach().float() for value in values])
-        self.first_bad = torch.where(~values.isfinite() & (self.first_bad < 0), self.count, self.first_bad)
-        self.sums += values
-        self.count += 1
-
-    def check(self):
-        """Raises FloatingPointError naming the first term and step (counted from 0 in this phase) that was not finite."""
-        for name, step, total in zip(self.names, self.first_bad.tolist(), self.sums.tolist()):
-            if step >= 0:
-                raise FloatingPointError(f"{name} became {total} at step {step} of its phase")
-
-    def take(self):
-        """{name: mean} since the last `take`; checks first."""
-        self.check()
-        means = dict(zip(self.names, (self.sums / max(self.count, 1)).tolist()))
-        self.sums.zero_()
-        self.count = 0
-        return means
-
-    def state_dict(self):
-        return {"sums": self.sums, "count": self.count}
-
-    def load_state_dict(self, state):
-        self.sums.copy_(state["sums"])
-        self.count = state["count"]
+@contextlib.contextmanager
+def seeded(seed):
+    """Inside, torch's global generators start from `seed`; afterwards they are as before."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        yield
 
 
-def newest_by_class(pixels, labels, num_classes, each=8):
-    """The latest `each` of uint8 pixels (M, C, H, W) in every class, black where there are fewer.   -> (K, each, C, H, W)"""
-    shown = pixels.new_zeros(num_classes, each, *pixels.shape[1:])
-    for label in range(num_classes):
-        found = (labels[:len(pixels)] == label).nonzero()[-each:, 0]
-        shown[label, :len(found)] = pixels[found]
-    return shown
+def with_own_seed(function):
+    """Decorates a function that takes `settings`: it runs with torch seeded by settings.seed, then all is as before."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with seeded(signature.bind(*args, **kwargs).arguments["settings"].seed):
+            return function(*args, **kwargs)
+    return wrapped
 
 
-def report_collapse(run, pixels, pseudo_labels=None, low_entropy_steps=0, **where):
-    """A row of its own when a batch, `pixels` in [0, 1], shows that its synthesis collapsed. -> the deviation between its images
+# ----------------------------------------------------------------------------------------------- 6. teachers
+CLASSIFIER_FORMAT = "distillation-classifier-1"
+# epochs, batch size. Networks with BN: SGD 0.1, momentum 0.9, weight decay 5e-4, cosine to 0. Users of the published
+# recipe (decay 1e-4, three steps) report CIFAR-10 teachers 1 to 3 points under the published ones. LeNet-5 without
+# BN: Adam 1e-3, cosine, no decay.
+RECIPES = {"digits": (40, 128), "mnist": (10, 256), "mnist28": (10, 256), "fashion_mnist": (20, 256),
+           "fashion_mnist28": (20, 256), "svhn": (100, 128), "cifar10": (200, 128), "cifar100": (200, 128),
+           "folder": (100, 128)}
 
-    One image (2 or 3 of 255 grey levels apart), one class for the teacher (`pseudo_labels`, (N,)), or the entropy of the batch's mean
-    prediction under half of log K for the last 50 steps or more: `low_entropy_steps`, which the caller counts.
+
+def write(content, path):
+    """torch.save under another name, then rename: after a kill `path` is the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path, what):
+    """The dict in a file of torch.save. No code from it is run. Raises BadInput for damage and other content."""
+    try:
+        return {**torch.load(path, map_location="cpu", weights_only=True)}
+    except Exception as error:
+        raise BadInput(f"{path} is not a readable {what} ({type(error).__name__}): damaged, or not made by this "
+                       "project; move it away") from None
+
+
+def require_same(saved, wanted, path, advice):
+    """Raises BadInput naming the first entry in which two dicts differ."""
+    for key in [*wanted, *saved]:
+        if key not in saved or key not in wanted or saved[key] != wanted[key]:
+            raise BadInput(f"{path} was made with {key} = {saved.get(key)}, this command has {key} = "
+                           f"{wanted.get(key)}; {advice}")
+
+
+def digest(tensors):
+    """A short text that changes when a value in a dict of tensors does, as a state_dict."""
+    found = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        found.update(f"{key} {value}".encode() if not torch.is_tensor(value) else
+                     key.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def is_file_name(name):
+    return name.endswith(".pt") or "/" in name
+
+
+def teacher_path(dataset, arch):
+    """checkpoints/<dataset>_<name>.pt, where every method looks for the teacher of that name."""
+    return Path("checkpoints", f"{re.sub(r'[^A-Za-z0-9_@-]+', '_', dataset)}_{arch}.pt")
+
+
+def recipe_of(arch, dataset, epochs=None, batch_size=None):
+    """How `arch` is trained on `dataset`: a dict that the teacher's file keeps and that is compared on reuse."""
+    if dataset.partition(":")[0] not in RECIPES:
+        raise BadInput(f"no teacher is trained on {dataset} here; name a file, or type --teacher torchvision:resnet50")
+    usual_epochs, usual_batch = RECIPES[dataset.partition(":")[0]]
+    plain = re.fullmatch("lenet5(_half)?", arch)
+    return dict(epochs=epochs or usual_epochs, batch_size=batch_size or usual_batch,
+                optimizer="adam" if plain else "sgd", lr=1e-3 if plain else 0.1,
+                weight_decay=0.0 if plain else 5e-4, schedule="cosine")
+
+
+def train_teacher(arch, dataset, path, options, recipe):
+    """Train `arch` on the real training set, always with seed 0, into the file `path`; goes on after a kill."""
+    test, _ = load_dataset(dataset, False, options.data_dir, options.device)
+    train, data = load_dataset(dataset, True, options.data_dir, options.device)
+    with seeded(0):
+        model = build_model(arch, data.num_classes, data.image_shape)
+        model.to(options.device, memory_format=torch.channels_last)
+        if options.precision == "bf16":
+            in_bf16(model)
+        optimizer = torch.optim.Adam(model.parameters(), recipe["lr"]) if recipe["optimizer"] == "adam" else (
+            torch.optim.SGD(model.parameters(), recipe["lr"], momentum=0.9, weight_decay=recipe["weight_decay"]))
+        print(f"training teacher {arch} on {dataset}: {recipe} -> {path}", flush=True)
+        checkpoint = Checkpoint(path.with_suffix(".partial.pt"), dict(
+            arch=arch, dataset=dataset, threads=options.threads, precision=options.precision, **recipe))
+        start = checkpoint.resume(model=model, optimizer=optimizer)
+        for epoch in range(start, recipe["epochs"]):
+            set_lr(optimizer, cosine(recipe["lr"], epoch, recipe["epochs"]))
+            model.train()
+            means, size = Means(), recipe["batch_size"]
+            order = batches(len(train.labels), size, options.device)
+            for _, batch in zip(steps(math.ceil(len(train.labels) / size), "training"), order):
+                images = normalize(augment(train.pixels[batch] / train.scale, data), data)
+                loss = F.cross_entropy(model(images), train.labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                means.add(loss=loss)
+            checkpoint.save(epoch, [{"loss": means.take()["loss"]}])
+            if (epoch + 1) % max(1, recipe["epochs"] // 5) == 0:
+                print(f"teacher epoch {epoch + 1:4d}/{recipe['epochs']}   loss {checkpoint.rows[-1]['loss']:.4f}   "
+                      f"{checkpoint.seconds():.0f} s", flush=True)
+    test_acc = accuracy(predict(model, test, data), test.labels)
+    if not path.exists():      # another process may have trained the same teacher meanwhile: never replace it
+        save_classifier(path, model, arch, data, dataset, recipe=recipe, seed=0, test_acc=test_acc,
+                        seconds=checkpoint.seconds(), device=device_name(options.device), precision=options.precision)
+    checkpoint.path.unlink(missing_ok=True)
+    COSTS.clear()
+
+
+def save_classifier(path, model, arch, data, dataset, **more):
+    """One file with all that a data-free student may know: weights, architecture, DataSpec, recipe, accuracy."""
+    write(dict(format=CLASSIFIER_FORMAT, weights=model.state_dict(), arch=arch, data=data._asdict(), dataset=dataset,
+               versions=versions(), **more), path)
+
+
+def read_classifier(path):
+    """The content of a file of `save_classifier`. Raises BadInput if it is missing, damaged or something else."""
+    if not Path(path).is_file():
+        raise BadInput(f"there is no teacher file {path}; give a file, a model name as in --teacher resnet34, or "
+                       "module:function")
+    content = read_file(path, "teacher file")
+    try:
+        data = DataSpec(**content["data"])
+        channels, height, width = data.image_shape
+        sane = (content["format"] == CLASSIFIER_FORMAT and isinstance(content["dataset"], str) and content["weights"]
+                and 2 <= data.num_classes <= 100_000 and 1 <= channels <= 16 and 1 <= height <= 1024
+                and 1 <= width <= 1024 and 0 <= data.crop <= height
+                and len(data.mean) == len(data.std) == channels and min(data.std) > 0)
+        if ":" not in content["arch"]:
+            check_model_name(content["arch"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sane = False
+    if not sane:
+        raise BadInput(f"{path} is not a teacher file of this project; make one with: python common.py --model NAME "
+                       "--dataset NAME")
+    return content
+
+
+def dataset_spec(options):
+    """The DataSpec of the teacher's file, if --teacher names one, else of the data set."""
+    if is_file_name(options.teacher):
+        return DataSpec(**read_classifier(options.teacher)["data"])
+    return load_dataset(options.dataset, True)[1] if options.dataset.startswith("folder:") else DATASETS[options.dataset]
+
+
+def load_networks(options, settings, data, needs=lambda teacher: None):
+    """The networks that --teacher and --student name, on their device, the teacher trained if need be.
+
+    `needs(teacher)` may refuse the teacher's architecture before it is trained.   -> teacher, student
     """
-    pixel_std, found = pixels.std(0, correction=0).mean().item(), []
-    if pixel_std < 0.01:
-        found.append("its images hardly differ")
-    if pseudo_labels is not None and len(set(pseudo_labels.tolist())) == 1:
-        found.append(f"the teacher sees a whole batch in class {pseudo_labels[0].item()}")
-    if low_entropy_steps >= 50:
-        found.append(f"the entropy of its classes is under half of the largest for {int(low_entropy_steps)} steps")
-    if found:
-        at = " ".join(f"{key.replace('_', ' ')} {value}" for key, value in where.items())
-        run.report(event="collapse", **where, pixel_std=pixel_std, text=f"{at}: the synthesis collapsed: {', '.join(found)}")
-    return pixel_std
+    def placed(network):
+        network.to(options.device, memory_format=torch.channels_last)
+        return in_bf16(network) if options.precision == "bf16" else network
+    with seeded(settings.seed):
+        student = placed(build_model(options.student, data.num_classes, data.image_shape))
+    check_answers(student, f"student {options.student}", data, options.device)
+    wanted, file, path = options.teacher, {}, Path(options.teacher)
+    if is_file_name(wanted):
+        file = read_classifier(path)
+    elif ":" not in wanted:
+        path, recipe = teacher_path(options.dataset, wanted), recipe_of(wanted, options.dataset)
+        if not path.exists():
+            with seeded(0):
+                needs(build_model(wanted, data.num_classes, data.image_shape))
+            train_teacher(wanted, options.dataset, path, options, recipe)
+        file = read_classifier(path)
+        if file["dataset"] != options.dataset:
+            raise BadInput(f"{path} was trained on {file['dataset']}, not on {options.dataset}; move it away, or name "
+                           "a file")
+        if file.get("recipe") != recipe:
+            raise BadInput(f"{path} was trained with {file.get('recipe')}, the recipe is {recipe}; to use that file as "
+                           f"it is, type --teacher {path}; to train by the recipe, move it away")
+    if file:
+        teacher = build_model(file["arch"], data.num_classes, data.image_shape)
+        try:
+            teacher.load_state_dict(file["weights"])
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise BadInput(f"the weights in {path} do not fit {file['arch']}: {' '.join(str(error).split())[:160]}"
+                           ) from None
+        if options.dataset != "none":
+            asked = dataset_spec(argparse.Namespace(**{**vars(options), "teacher": ""}))
+            for what, here, there in (("classes", data.num_classes, asked.num_classes),
+                                      ("image shape", tuple(data.image_shape), asked.image_shape)):
+                if here != there:
+                    raise BadInput(f"teacher {wanted} is for {what} {here}, data set '{options.dataset}' has {there}; "
+                                   "name the data set that the teacher was trained on with --dataset")
+    else:
+        teacher = foreign_model(wanted, data.num_classes, pretrained=True)
+    needs(teacher)
+    check_answers(placed(teacher), f"teacher {wanted}", data, options.device)
+    options.teacher_name = path.stem if file else re.sub(r"\W+", "_", wanted)      # files made from it are named so
+    options.teacher_arch, options.teacher_seconds = file.get("arch", wanted), file.get("seconds")
+    return teacher.eval(), student
 
 
-def steps(state, name, total, run=None):
-    """`range(total)` whose counter is state[name + "_step"], so that a stopped run goes on in the middle of a loop.
+def check_answers(model, name, data, device):
+    """Raises BadInput unless the network turns images of this shape into finite logits (N, K)."""
+    try:
+        with torch.no_grad(), frozen(model), scoring():
+            logits = model(torch.zeros(2, *data.image_shape, device=device))
+        fits = logits.shape == (2, data.num_classes) and bool(logits.isfinite().all())
+    except Exception as error:
+        raise BadInput(f"{name} does not take images of shape {data.image_shape} "
+                       f"({' '.join(str(error).split())[:160]})") from None
+    if not fits:
+        raise BadInput(f"{name} does not answer images of shape {data.image_shape} with finite logits "
+                       f"(N, {data.num_classes})")
 
-    Adds the loop's seconds to state["seconds_" + name] and calls run.tick(state) after every step.
+
+# -------------------------------------------------------------------------------------------------- 7. a run
+# The networks that a data set gets unless named; a method may have pairs of its own. Else resnet34, resnet18.
+PAIRS = {"digits": ("wrn16_2", "wrn16_1"), "svhn": ("wrn40_2", "wrn16_1"),
+         "imagenet": ("torchvision:resnet50", "torchvision:resnet18"),
+         **dict.fromkeys(("mnist", "mnist28", "fashion_mnist", "fashion_mnist28"), ("lenet5", "lenet5_half"))}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message + "; --help lists the flags")
+
+
+def _number(kind, above_0, below=math.inf):
+    """An argparse type: a finite int or float, above 0 or at least 0, and under `below`."""
+    def convert(text):
+        value = kind(text)
+        if not math.isfinite(value) or value < 0 or (above_0 and value == 0) or value >= below:
+            raise argparse.ArgumentTypeError(f"must be {'above' if above_0 else 'at least'} 0 and under {below}, not "
+                                             f"{text}")
+        return value
+    convert.__name__ = "whole number" if kind is int else "number"           # argparse: invalid number value: 'x'
+    return convert
+
+
+def _shared_flags(parser):
+    parser.add_argument("--data-dir", default="data", help="where the data sets are, or are downloaded to [data]")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], help="of forward passes [tf32 on CUDA, else fp32]")
+    parser.add_argument("--deterministic", action="store_true", help="bit-equal runs on CUDA too, slower")
+    parser.add_argument("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
+
+
+def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda flags: "", **own):
+    """The command line: a preset's Settings, changed by flags.   -> options of the run, Settings of the method
+
+    Every field of Settings is a flag; its trailing comment is the help text. A whole number may be 0 where the comment
+    explains "0 = ", a rate or a temperature may not. `pairs`: {data set: (teacher, student)} where the method has its
+    own. `variant(flags)`: an ending that is tried with the data set's name. `own`: {name: help} of flags that are no hyperparameters, (help, type) if not a text. Raises BadInput.
     """
-    step, seconds = f"{name}_step", f"seconds_{name}"
-    with tqdm(total=total, initial=state[step], desc=name, leave=False, disable=None) as bar:
-        while state[step] < total:
-            began = time.perf_counter()
-            yield state[step]
-            if state[step] == total - 1 and torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            state[step] += 1
-            state[seconds] += time.perf_counter() - began
-            bar.update()
-            if run:
-                run.tick(state)
+    parser = _Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [the set's pair]")
+    add("--student", help="model name, torchvision:NAME or module:function [the data set's pair]")
+    add("--dataset", help=f"{dataset_names()} [cifar10]")
+    add("--preset", help=f"{', '.join(presets)} [by data set and networks]")
+    add("--out", help=f"run folder [the next free runs/{method}-DATASET-001]")
+    add("--resume", action="store_true", help="go on with the run in --out; repeat its other flags")
+    add("--eval-every", type=_number(int, True), default=1, help="epochs between scores [1]")
+    _shared_flags(parser)
+    for name, text in own.items():
+        text, kind = text if isinstance(text, tuple) else (text, str)
+        add("--" + name.replace("_", "-"), help=text, **(dict(action="store_true") if kind is bool else dict(
+            default="") if kind is str else dict(type=_number(kind, False), default=0)))
+    said = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(Settings), re.M))     # comments of its fields
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    for name, field in fields.items():
+        values, text = {key: getattr(preset, name) for key, preset in presets.items()}, said.get(name, "")
+        shown = ", ".join(f"{key} {value}" for key, value in values.items()) if len(set(values.values())) > 1 else (
+            next(iter(values.values())))
+        above_0 = "0 = " not in text if field.type is int else name.startswith("lr_") or name == "temperature"
+        how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
+               dict(choices=get_args(field.type)) if get_origin(field.type) is Literal else
+               dict(type=str) if field.type is str else
+               dict(type=_number(int, False, 2 ** 32)) if name == "seed" else dict(type=_number(field.type, above_0)))
+        add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} [{shown}]".replace("%", "%%"), **how)
+    given = vars(parser.parse_args(argv))
+    flags = {name: given.pop(name) for name in fields if name in given}
+    options = argparse.Namespace(method=method, **given)
+
+    of_preset = (options.preset or "").split("-")
+    file = read_classifier(options.teacher) if options.teacher and is_file_name(options.teacher) else {}
+    if options.preset and options.preset not in presets:
+        raise BadInput(f"{method} has no preset '{options.preset}'; choose from {', '.join(presets)}")
+    options.dataset = options.dataset or (of_preset[0] if of_preset[0] in DATASETS else file.get("dataset", "cifar10"))
+    if options.dataset not in (*DATASETS, "none") and not options.dataset.startswith("folder:"):
+        raise BadInput(f"unknown data set '{options.dataset}'; choose from {dataset_names()}")
+    if options.dataset == "none" and not file:
+        raise BadInput("--dataset none needs a --teacher file: without a data set only the file knows shape and "
+                       "normalisation")
+    numbers_of = file.get("dataset", options.dataset) if options.dataset == "none" else options.dataset
+    pair = of_preset[1:] if len(of_preset) == 3 else {**PAIRS, **(pairs or {})}.get(numbers_of, ("resnet34", "resnet18"))
+    options.teacher, options.student = options.teacher or pair[0], options.student or pair[1]
+    for name in [options.student] if file else [options.teacher, options.student]:
+        if ":" not in name:
+            check_model_name(name)
+    arch = file.get("arch", options.teacher)
+    wide = f"{numbers_of}-wrn" if arch[:3] == options.student[:3] == "wrn" else ""
+    tried = f"{numbers_of}-{arch}-{options.student}", wide, numbers_of + variant(flags), numbers_of
+    options.preset = options.preset or next((name for name in tried if name in presets), numbers_of)
+    if options.preset not in presets:
+        raise BadInput(f"{method} has no preset for data set '{numbers_of}'; take another's numbers with --preset: "
+                       f"{', '.join(presets)}")
+    settings = dataclasses.replace(presets[options.preset], **flags)
+    options.changed = {name: value for name, value in flags.items()
+                       if value != getattr(presets[options.preset], name) and name != "seed"}
+    set_up_device(options)
+    _check_folder(options)
+    return options, settings
 
 
-if __name__ == "__main__":     # python common.py --model resnet34 --dataset cifar10: train a teacher by itself
-    from run import train_main
-    train_main()
+def set_up_device(options):
+    """Fill in device, precision and threads, and set PyTorch's global switches. Raises BadInput."""
+    wanted = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise BadInput(f"unknown device '{wanted}'; choose cpu, cuda or cuda:N")
+    if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise BadInput(f"there is no device '{wanted}' here ({torch.cuda.device_count()} CUDA devices); type --device cpu")
+    options.device, options.precision = torch.device(wanted), options.precision or ("fp32" if wanted == "cpu" else "tf32")
+    if wanted == "cpu" and options.precision == "tf32":
+        raise BadInput("tf32 is for CUDA; leave it out on a CPU")
+    if wanted != "cpu":
+        torch.cuda.set_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.threads = torch.get_num_threads()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
+    torch.backends.cudnn.benchmark = not options.deterministic      # shapes are static: let cuDNN compare its algorithms
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(options.deterministic)
+
+
+def _check_folder(options):
+    out = options.out
+    if options.resume and not out:
+        raise BadInput("--resume needs --out FOLDER, the folder of the run to go on with")
+    files = ("log.jsonl", "checkpoint.pt", "student.pt", "samples.png", "images.pt")
+    if out and not options.resume and any(Path(out, name).exists() for name in files):
+        raise BadInput(f"{out} holds a run already; name another folder, or go on with it by --resume")
+    if out and Path(out, "log.jsonl").is_file() and '"event": "end"' in Path(out, "log.jsonl").read_text():
+        raise BadInput(f"the run in {out} is finished; its result is the last line of {Path(out, 'log.jsonl')}")
+    folder = Path(out or "runs").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadInput(f"{out or 'runs'} cannot be a run folder: {folder} is "
+                       f"{'read-only' if folder.is_dir() else 'a file'}")
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__)}
+
+
+def device_name(device):
+    """'NVIDIA H200', or the CPU's name and the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+class Checkpoint:
+    """The state of a long loop in one file, random streams included, as it was at the end of an epoch.
+
+    `identity`: a dict of what the state depends on; a file with another one is refused by name.
+    """
+    latest = None      # the one that was saved or resumed last, for messages
+
+    def __init__(self, path, identity):
+        self.path, self.identity = Path(path), {"format": 2, **identity}
+        self.rows, self.next, self.saved, self.began, self.before = [], 0, None, time.monotonic(), 0.0
+
+    def load(self):
+        """Read the file, if there is one, and refuse it now if it does not fit."""
+        if self.path.exists() and self.saved is None:
+            saved = read_file(self.path, "checkpoint")
+            if not {"identity", "state", "epoch", "rows", "seconds", "rng", "cuda_rng", "costs"} <= set(saved):
+                raise BadInput(f"{self.path} is not a checkpoint of this project; start anew in another folder")
+            require_same(saved["identity"], {**saved["identity"], **self.identity}, self.path,
+                         "type the settings of then, or start anew elsewhere, or move it away")
+            self.saved = saved
+        return self.saved
+
+    def resume(self, **state):
+        """Fill modules, optimizers and tensors in place with what was saved.   -> the first epoch still to do"""
+        self.state, saved = state, self.load()
+        Checkpoint.latest = self
+        if saved is None:
+            return 0
+        require_same(saved["identity"], self.identity, self.path, "put things back as they were, or start anew elsewhere")
+        if set(saved["state"]) != set(state):
+            raise BadInput(f"{self.path} holds the state of another version of this program; start anew elsewhere")
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                value.data.copy_(saved["state"][name])
+            else:
+                value.load_state_dict(saved["state"][name])
+        torch.set_rng_state(saved["rng"])
+        if torch.cuda.is_initialized() and len(saved["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        COSTS.clear()
+        COSTS.update(saved["costs"])
+        self.rows[:], self.before, self.saved = saved["rows"], saved["seconds"], None
+        self.began, self.next = time.monotonic(), saved["epoch"] + 1
+        return self.next
+
+    def save(self, epoch, rows=()):
+        """Keep the state after `epoch`, which added `rows` to the log."""
+        self.rows += rows
+        state = {name: value if torch.is_tensor(value) else value.state_dict() for name, value in self.state.items()}
+        write(dict(identity=self.identity, state=state, epoch=epoch, rows=self.rows, seconds=self.seconds(),
+                   rng=torch.get_rng_state(), costs=dict(COSTS),
+                   cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []), self.path)
+        Checkpoint.latest, self.next = self, epoch + 1
+
+    def seconds(self):
+        """Since the loop began, without the pauses between its sessions."""
+        return self.before + time.monotonic() - self.began
+
+
+class Stage(Checkpoint):
+    """What is made once for all students of a teacher, as CSD's bank: the same two calls as a run."""
+    def __init__(self, path, identity, event, run):
+        super().__init__(path, identity)
+        self.event, self.run = event, run
+
+    def resume(self, **state):
+        start = super().resume(**state)
+        for row in self.rows:
+            self.run.write(row)
+        return start
+
+    def log(self, number, means, pixels=None, labels=None):
+        """A round is over: write a row and a line, and keep the state."""
+        rows = describe(self.event, "round", number, means, pixels, labels, self.run.data.num_classes)
+        for row in rows:
+            self.run.write(row)
+        self.save(number, rows)
+
+
+def describe(event, counter, number, means, pixels, labels, num_classes):
+    """The rows of a round or an epoch: a warning if its images, pixels in [0, 1], collapsed, then its means.
+
+    Three signs: the images hardly differ (2 or 3 of 255 grey levels); all of them are in one class; the entropy of
+    their classes is under half of what it can be.
+    """
+    row, found = {"event": event, counter: number, **means}, []
+    if pixels is not None:
+        row["pixel_std"] = pixels.std(0, correction=0).mean().item()
+        if row["pixel_std"] < 0.01:
+            found.append("its images hardly differ")
+    if labels is not None:
+        counts = torch.bincount(labels, minlength=num_classes).double()
+        row["class_counts"] = counts.int().tolist() if num_classes <= 100 else None
+        share = counts / counts.sum()
+        evenness = -torch.xlogy(share, share).sum().item() / math.log(max(2, min(num_classes, len(labels))))
+        if counts.max() == counts.sum():
+            found.append(f"all its images are in class {counts.argmax().item()}")
+        elif evenness < 0.5:
+            found.append(f"the entropy of its classes is {evenness:.2f} of the largest")
+    row.update({key: round(COSTS.pop(key), 3) for key in list(COSTS) if key.startswith("seconds_")},
+               teacher_queries=COSTS["teacher_queries"])
+    warning = {"event": "collapse", counter: number, "text": f"{counter} {number}: {', '.join(found)}"}
+    return [warning, row] if found else [row]
+
+
+class Run(Checkpoint):
+    """The run folder: log.jsonl, samples.png, checkpoint.pt, student.pt. Only the run sees the test set.
+
+    `distill` calls `resume` once and `log` at the end of each epoch; main() may call `cached`, `note` and `finish`.
+    The folder is made with the first row, when everything that can be refused was accepted.
+    """
+    def __init__(self, options, settings, teacher, student, data, scored=True):
+        self.options, self.settings, self.student, self.data = options, settings, student, data
+        self.folder, self.columns, self.epochs = None, None, settings.epochs
+        scored = scored and options.dataset not in ("none", "imagenet")
+        self.test = load_dataset(options.dataset, False, options.data_dir, options.device)[0] if scored else None
+        self.score_teacher(teacher)
+        teacher.register_forward_pre_hook(      # counts the images that the teacher is asked about
+            lambda module, inputs: COSTS.update(teacher_queries=0 if _scoring else len(inputs[0])))
+        same = ("method", "dataset", "student", "precision", "deterministic", "threads", "eval_every")
+        super().__init__(Path(options.out or "runs", "checkpoint.pt"), dict(
+            {key: getattr(options, key) for key in same}, teacher=digest(teacher.state_dict()),
+            **dataclasses.asdict(settings)))
+        self.waiting = bool(options.resume and self.load())        # a resumed log waits for the state
+        COSTS.clear()
+
+    def score_teacher(self, teacher):
+        self.teacher_logits = predict(teacher, self.test, self.data) if self.test else None
+        self.teacher_acc = accuracy(self.teacher_logits, self.test.labels) if self.test else None
+
+    def _begin(self):
+        """Make the folder; print and log what holds."""
+        options = self.options
+        self.folder = _make_folder(options)
+        self.path = self.folder / "checkpoint.pt"
+        arguments = {key: str(value) if key == "device" else value for key, value in vars(options).items()
+                     if key not in ("method", "changed", "resume", "teacher_name", "teacher_arch", "teacher_seconds")}
+        self.first = dict(
+            event="start", method=options.method, arguments={**arguments, **dataclasses.asdict(self.settings)},
+            changed=options.changed, versions=versions(), device=device_name(options.device),
+            teacher_sha256=self.identity["teacher"], teacher_acc=self.teacher_acc,
+            teacher_seconds=options.teacher_seconds)
+        print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted(self.first["arguments"].items())
+                                     if value not in ("", None)),
+                            110, initial_indent=f"{options.method}: ", subsequent_indent="    "))
+        print(f"teacher {options.teacher}: test accuracy {_shown(self.teacher_acc)}; student {options.student}; "
+              f"{self.first['device']}; {self.folder}", flush=True)
+        for leftover in self.folder.glob(".*.tmp"):                # of a session that was killed while it wrote
+            leftover.unlink()
+        if not self.waiting:
+            (self.folder / "log.jsonl").unlink(missing_ok=True)    # of a session that was killed before it saved
+            self.write(self.first)
+
+    def write(self, row):
+        """Add a row to the log and a line to the screen."""
+        if self.folder is None:
+            self._begin()
+        if not self.waiting:                                       # else the checkpoint has this row
+            self.rows.append(row)
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if "text" in row:
+                print(f"{row['event']}: {row['text']}", flush=True)
+            elif row["event"] not in ("start", "end", "resume"):
+                self._print(row)
+
+    def note(self, text, event="note", **more):
+        self.write(dict(event=event, text=text, **more))
+
+    def cached(self, event, path, made_with, make):
+        """What `make(stage)` returned, a dict of tensors, when it was called once; kept in `path` for other students.
+
+        `made_with`: a dict of the settings that shape it; a file made with others is refused by name. Its rows,
+        seconds and teacher queries count as this run's.
+        """
+        path = Path(path)
+        made_with = dict(format=f"{self.options.method}-{event}-3", teacher=self.identity["teacher"],
+                         **self.data._asdict(), precision=self.options.precision, **made_with)
+        stage = Stage(path.with_suffix(".partial.pt"), {**made_with, "threads": self.options.threads}, event, self)
+        advice = f"name another file with --{event}, or move this one away"
+        if path.exists():
+            kept = read_file(path, event)
+            require_same(kept.get("made_with", {}), made_with, path, advice)
+            self.note(f"{event} from {path}")
+            for row in kept["rows"]:
+                self.write(row)
+            self.before += sum(value for row in kept["rows"] for key, value in row.items() if key.startswith("seconds_"))
+        else:
+            stage.load()                                           # refuses a half-made one of other settings
+            self.note(f"{event} -> {path}")
+            result = make(stage)
+            kept = dict(made_with=made_with, rows=stage.rows, teacher_queries=COSTS["teacher_queries"], result=result)
+            if not path.exists():                                  # else another process was faster
+                write(kept, path)
+        stage.path.unlink(missing_ok=True)
+        COSTS.clear()
+        COSTS["teacher_queries"] = kept["teacher_queries"]
+        self.identity[event] = digest(kept["result"])
+        return {name: value.to(self.options.device) if torch.is_tensor(value) else value
+                for name, value in kept["result"].items()}
+
+    def resume(self, **state):
+        """Fill the state from the checkpoint of --resume.   -> the first epoch that is still to do"""
+        if self.folder is None:
+            self._begin()
+        if not self.waiting:                                       # a new run: there is no checkpoint to look for
+            self.state, Checkpoint.latest = state, self
+            return 0
+        start, self.waiting = super().resume(**state), False
+        temporary = self.folder / ".log.jsonl.tmp"                 # the log becomes what it was at the checkpoint
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(temporary, self.folder / "log.jsonl")
+        self.write({**self.first, "event": "resume"})
+        return start
+
+    def log(self, epoch, means, pixels=None, labels=None):
+        """An epoch is over: score the student, write a row and a line, draw the images, keep the state."""
+        *warnings, row = describe("epoch", "epoch", epoch, means, pixels, labels, self.data.num_classes)
+        if self.test and (epoch == self.epochs - 1 or (epoch + 1) % self.options.eval_every == 0):
+            logits = predict(self.student, self.test, self.data)
+            row.update(student_acc=accuracy(logits, self.test.labels), agreement=agreement(logits, self.teacher_logits))
+        else:
+            row.update(student_acc=None, agreement=None)
+        for each in (*warnings, row):
+            self.write(each)
+        if pixels is not None:
+            save_samples(self.folder / "samples.png", pixels, labels, self.data.num_classes)
+        self.save(epoch)
+
+    def _print(self, row):
+        """One aligned line; names again whenever they change. Lists, counters and terms that are 0 stay in the log."""
+        shown = {key.removeprefix("loss_"): value for key, value in row.items() if not isinstance(value, (list, str))
+                 and not key.startswith("seconds_") and key != "teacher_queries"}
+        shown["seconds"] = round(sum(value for key, value in row.items() if key.startswith("seconds_")), 1)
+        if not self.columns or shown.keys() != self.columns[0]:
+            self.columns = shown.keys(), [key for key in shown if shown[key] != 0 or f"loss_{key}" not in row]
+            print(" ".join(f"{key:>{max(8, len(key))}s}" for key in self.columns[1]))
+        print(" ".join(f"{_shown(shown[key]):>{max(8, len(key))}s}" for key in self.columns[1]), flush=True)
+
+    def finish(self, result=None):
+        """Write student.pt and the end row, and print the result of the last epoch.
+
+        In this order: a run that is killed in between ends the same when it is resumed. `result`: a line for the
+        screen, of a run that trained no student.
+        """
+        cost = dict(seconds=round(self.seconds(), 1), peak_memory_mb=peak_memory_mb(self.options.device),
+                    teacher_queries=COSTS["teacher_queries"])
+        if result:
+            self.write(dict(event="end", teacher_acc=self.teacher_acc, **cost))
+            print(f"{result}, {cost['seconds']:.0f} s", flush=True)
+            return
+        epochs = [row for row in self.rows if row["event"] == "epoch"]
+        scores = [row["student_acc"] for row in epochs if row["student_acc"] is not None]
+        logits = predict(self.student, self.test, self.data) if self.test else None
+        row = dict(event="end", teacher_acc=self.teacher_acc, student_acc_last=epochs[-1]["student_acc"],
+                   student_acc_best=max(scores, default=None), agreement=epochs[-1]["agreement"],
+                   ece=expected_calibration_error(logits, self.test.labels) if self.test else None, **cost)
+        save_classifier(self.folder / "student.pt", self.student, self.options.student, self.data,
+                        self.options.dataset, test_acc=row["student_acc_last"], method=self.options.method,
+                        teacher_sha256=self.identity["teacher"])
+        self.write(row)
+        print(f"last epoch: student {_shown(row['student_acc_last'])}, teacher {_shown(self.teacher_acc)}, agreement "
+              f"{_shown(row['agreement'])}, calibration error {_shown(row['ece'])}, {row['seconds']:.0f} s   [best "
+              f"epoch, chosen on the test set: {_shown(row['student_acc_best'])}]   {self.folder}", flush=True)
+
+
+def _make_folder(options):
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        return Path(options.out)
+    number = 1
+    while True:        # mkdir, not exists: two runs started together must not get one folder
+        try:
+            folder = Path("runs", f"{options.method}-{options.dataset.partition(':')[0]}-{number:03d}")
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def _shown(value):
+    """For the screen: '-' for None, four digits after the point, fewer for large numbers."""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+    return "-" if value is None else str(value)
+
+
+def peak_memory_mb(device):
+    """Most memory held so far: on CUDA by PyTorch's tensors, else by the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    try:
+        import resource
+    except ImportError:        # Windows
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))
+
+
+def save_samples(path, pixels, labels, num_classes, each=8, most=20):
+    """The last `each` of pixels (N, C, H, W) in [0, 1] of the first `most` classes that are there, a PNG row a class."""
+    from PIL import Image, ImageDraw
+    pixels, labels = (255 * pixels.clamp(0, 1)).to(torch.uint8).cpu(), labels.cpu()
+    classes = list(range(num_classes)) if num_classes <= most else labels.unique().tolist()[:most]
+    sheet = pixels.new_zeros(len(classes), each, *pixels.shape[1:])          # black where a class has fewer
+    for row, label in enumerate(classes):
+        found = pixels[labels == label][-each:]
+        sheet[row, :len(found)] = found
+    height = pixels.shape[2]
+    scale = max(1, 40 // height)                                             # small images enlarged, not smoothed
+    sheet = sheet.repeat_interleave(scale, -1).repeat_interleave(scale, -2).expand(-1, -1, 3, -1, -1)
+    grid = torchvision.utils.make_grid(sheet.flatten(0, 1), nrow=each, padding=2, pad_value=255)      # (3, rows, columns)
+    picture = Image.new("RGB", (grid.shape[2] + 24, grid.shape[1]), "white")
+    picture.paste(Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()), (24, 0))
+    for row, label in enumerate(classes):
+        ImageDraw.Draw(picture).text((4, row * (height * scale + 2) + height * scale // 2 - 4), str(label), fill="black")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def command_line(main):
+    """Decorates `main(argv=None)`. Bad input: one sentence, status 2. Ctrl-C: how to go on, status 130."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        Checkpoint.latest = None
+        try:
+            return main(argv)
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except FloatingPointError as error:
+            last = Checkpoint.latest
+            print(f"stopped: {error}" + (f" in epoch {last.next}; its last checkpoint: {last.path}" if last else ""),
+                  file=sys.stderr)
+            raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            last = Checkpoint.latest
+            run = last.run if isinstance(last, Stage) else last
+            folder = f" with --resume --out {run.folder}" if isinstance(run, Run) else ""
+            print(f"stopped; to go on, type the same command again{folder}", file=sys.stderr)
+            raise SystemExit(130) from None
+    return wrapped
+
+
+@command_line
+def main(argv=None):
+    parser = _Parser(prog="common.py", allow_abbrev=False,
+                     description="Train a teacher on the real data and keep it in one file.")
+    parser.add_argument("--model", required=True, help="model name")
+    parser.add_argument("--dataset", default="cifar10", help=f"{dataset_names()} [cifar10]")
+    parser.add_argument("--epochs", type=_number(int, True), help="passes over the training set [by data set]")
+    parser.add_argument("--batch-size", type=_number(int, True), help="[by data set]")
+    parser.add_argument("--out", help="file [checkpoints/DATASET_MODEL.pt, where the methods look for it]")
+    _shared_flags(parser)
+    options = parser.parse_args(argv)
+    set_up_device(options)
+    check_model_name(options.model)
+    if options.dataset not in DATASETS and not options.dataset.startswith("folder:"):
+        raise BadInput(f"unknown data set '{options.dataset}'; choose from {dataset_names()}")
+    path = Path(options.out) if options.out else teacher_path(options.dataset, options.model)
+    if path.exists():
+        raise BadInput(f"{path} is there already; name another file with --out, or move it away")
+    recipe = recipe_of(options.model, options.dataset, options.epochs, options.batch_size)
+    train_teacher(options.model, options.dataset, path, options, recipe)
+    print(f"{path}: test accuracy {_shown(read_classifier(path)['test_acc'])}")
+
+
+if __name__ == "__main__":     # python common.py --model resnet34 --dataset cifar10
+    main()

@@ -1,65 +1,109 @@
-"""RDSKD: Robustness and Diversity Seeking Data-Free Knowledge Distillation.   Pengchao Han, Jihong Park, Shiqiang Wang, Yejun Liu.
-ICASSP 2021, arXiv 2011.03749. Authors' code: github.com/PengchaoHan/RDSKD, commit 8512a9d.
+"""RDSKD: Robustness and Diversity Seeking Data-Free Knowledge Distillation.   Pengchao Han, Jihong Park, Shiqiang Wang,
+Yejun Liu. ICASSP 2021, arXiv 2011.03749. Authors' code: github.com/PengchaoHan/RDSKD, commit 8512a9d.
 
-The idea. As in DAFL (dafl.py), a generator learns to make images of which a frozen teacher is sure and which spread over all classes.
-Two things change. The two halves of a batch must differ in their pixels, the more so the more the teacher's answers to them
-differ. And the two terms that fight each other, certainty and spread, are not weighed by hand: each enters through the exponential
-of its rise above an earlier value, so that the one which is getting worse leads. The generator is trained first and then
-stands still; the student, or one student after another, learns from it.
+The idea. As in DAFL (dafl.py), a generator learns to make images of which a frozen teacher is certain and which spread
+over all classes. Two things change. The two halves of a batch must differ in their pixels, and more so where the
+teacher's answers to them differ. And certainty and spread, which pull against each other, are not weighted by hand: each
+enters as the exponential of its rise above an earlier value, so the one that has risen most gets the largest weight.
+The generator is trained first and then kept fixed; one student after another can learn from it.
 
-   phase 1   z1, z2 ──► G ──► x1, x2 ──► teacher ─┬─► one class, surely: e^(rise) · all classes: e^(rise) ──┐
-                        ▲        └────────────────┴─► ‖P2 - P1‖ / ‖x2 - x1‖, answers over images ───────────┤
-                        └──────────── gradient, through the frozen teacher, into G only ◄───────────────────┘
-   phase 2   z ══► G, at rest ══► images ─┬══► teacher ══► logits ──┐
-                                          └──► student ──► KL ◄─────┘ ──► gradient: student only             (══► no gradient)
+   phase 1   z1, z2 ──► G ──► x1, x2 ──► teacher ─┬─► certainty: e^(rise)  +  spread: e^(rise) ──────┐
+                        ▲        └────────────────┴─► ‖P2 - P1‖ / ‖x2 - x1‖, answers over images ────┤
+                        └──────────── gradient, through the frozen teacher, into G only ◄────────────┘
+   phase 2   z ══► G, fixed ══► images ─┬══► teacher ══► logits ──┐
+                                        └──► student ──► KL ◄─────┘ ──► gradient: student only  (══► no gradient)
 
-Run    python rdskd.py --dataset digits     seeds 0-4, last epoch: student 94.61 ± 2.44 %, teacher 98.89 %, 98 s a run after the
-                                            teacher's half minute, two CPU threads (benchmarks/results/rdskd-digits-seed*.jsonl)
-       python rdskd.py --teacher resnet34 --student resnet18     CIFAR-10, the authors' numbers, for a GPU; not run, no number here
-Copy   kd_loss, one_hot_loss, information_entropy_loss, diversity_loss, mode_seeking_loss, increment_penalty, Generator,
-       train_generator, distill
-Letters   N batch, K classes, C H W image, L latent.
-Sources   [code] the authors' code · [abstract] the paper's · [inferred] a reconstruction or a choice made here. The paper's method
-       section and tables were not at hand: no equation number and no accuracy of the paper stands here.
+Run     python rdskd.py --dataset digits     RESULTS
+        python rdskd.py --teacher resnet34 --student resnet18     CIFAR-10, the authors' numbers: for a GPU, not run
+Copy    kd_loss, one_hot_loss, information_entropy_loss, diversity_loss, mode_seeking_loss, increment_penalty,
+        Generator, train_generator, distill
+Letters T teacher, S student, G generator · N batch, K classes, C H W image, L latent · P the teacher's probabilities.
+Sources [code] the authors' code · [abstract] the paper's · [inferred] a reconstruction or a choice made here. The
+        paper's method section and tables were not at hand: no equation number, no accuracy of the paper stands here.
+Words   A round is 120 steps of the generator; an epoch is 120 steps of the student.
 
 Where paper, authors' code and this file differ
- 1. "Exponential penalty on loss increments" [abstract]: the code remembers each loss once an epoch, at its second iteration, and
-    uses it until the second iteration of the next; in the first two iterations of all it is 0. Followed; --reference previous
-    remembers every iteration, which makes both weights 1 but for noise.
- 2. The diversity term is one ratio of whole-batch norms [code], not a mean over pairs. 1 / (ratio + 1e-20) as the code has it has a NaN
-    gradient where both halves get one answer, and is 1e20 where both are one image, which is where a collapsed generator stands.
-    Here the same up to 1e-8 as d_P / (d_x + 1e-8): finite, with a finite gradient, everywhere.
- 3. In phase 2 the generator is in eval mode [code]: its BatchNorms, the last one too, use running statistics, so that a batch of
-    images no longer has mean 0 and deviation 1 exactly.
+ 1. "Exponential penalty on loss increments" [abstract]: the code remembers each loss at the second step of a round and
+    uses it until the second step of the next; in the first two steps of all it is 0. Followed; --reference previous
+    remembers the loss of every step, and both weights stay near 1.
+ 2. The diversity term is one ratio of whole-batch norms [code], not a mean over pairs. The code's 1 / (ratio + 1e-20)
+    has a NaN gradient where both halves get one answer, and is 1e20 where both are one image, as in a collapse. Here it
+    is d_P / (d_x + 1e-8), the same up to 1e-8, with a finite gradient everywhere.
+ 3. In phase 2 the generator is in eval mode [code]: its BatchNorms use running statistics, the last one too, so a batch
+    of images no longer has mean 0 and deviation 1 exactly.
  4. Natural logarithm in the entropy [code]; DAFL's last code takes log10.
- 5. No weights: all are 1 [code]. --oh, --ie and --diversity-weight are there for ablations.
- 6. MSKD, which the abstract compares with: its code is not in the authors' repository, and no paper of that name was found.
-    `--diversity ms --penalty fixed` is a reconstruction [inferred]: certainty and spread (ln) at fixed weight 1, no activation
-    term, and MSGAN's mode seeking term. The two switches are apart, so that what each of them is worth can be measured.
- 7. The authors score the whole test set every 10 steps, about 27 % of a CIFAR run's multiply-adds. Here once an epoch of 120 steps
+ 5. All weights are 1 [code]. --oh, --ie and --diversity-weight are there for ablations.
+ 6. MSKD, the abstract's rival: its code is not in the authors' repository, and no paper of that name was found.
+    `--diversity ms --penalty fixed` is a reconstruction [inferred]: certainty and spread (ln) at fixed weight 1, no
+    activation term, and MSGAN's mode seeking term. The two switches are apart, so that each can be measured alone.
+ 7. The authors score the whole test set every 10 steps, about 27 % of a CIFAR run's multiply-adds. Here once an epoch
     (--eval-every). Both report the last student.
- 8. The teacher's two half batches are one pass here, frozen networks get no weight gradients, and phase 2 builds no graph for
-    generator and teacher: the same mathematics (benchmarks/throughput.py).
+ 8. The teacher sees both half batches in one pass, frozen networks get no weight gradients, and phase 2 builds no graph
+    for generator and teacher: the same mathematics (benchmarks/throughput.py).
  9. The generator is kept by teacher, seed and kind, and reused for other students: phase 1 does not know the student.
-10. Teachers: the authors' are trained for 199 (MNIST, SGD 1e-3 without momentum) or 499 epochs, SVHN's by Adam at 0.01, a left-over of a
-    shared schedule; here run.py's recipe. SVHN is normalised with 0.5 here, with its own mean and deviation there.
+10. Teachers: the authors' are trained for 199 (MNIST, SGD 1e-3 without momentum) or 499 epochs, SVHN's by Adam at 0.01,
+    left over from a shared schedule; here the recipe of common.py. SVHN is normalised with 0.5 here, there with its own
+    mean and deviation.
 """
 import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, autocast, build_optimizer, cosine, denormalize, frozen, newest_by_class, report_collapse, seeded,
-                    set_lr, steps)
-from run import Run, command_line, read_settings, stored_stage
+from common import (BadInput, Means, Run, build_optimizer, command_line, cosine, dataset_spec, denormalize, frozen,
+                    load_networks, parse, place_like, set_lr, steps, with_own_seed)
 
 
-# ------------------------------------------------------------------------------------- losses: tensors in, scalar out
+# ------------------------------------------------------------------------------------------- hyperparameters
+@dataclass(frozen=True)
+class Settings:
+    """The authors' numbers for CIFAR-10, ResNet-34 to ResNet-18 [code]."""
+    epochs: int = 1000                  # phase 2, of --student-steps steps each
+    student_steps: int = 120            # steps of the student an epoch
+    batch_size: int = 512               # images a step of the student
+    generator_epochs: int = 20          # phase 1: rounds of --generator-steps steps
+    generator_steps: int = 120          # phase 1: steps a round; a reference is remembered once in each
+    synthesis_batch_size: int = 512     # phase 1: images a step, both halves together
+    latent_dim: int = 1000              # length of z
+    generator_width: int = 128          # channels of the generator's first layers; the last has half of them
+    lr_generator: float = 1e-3          # Adam, constant
+    oh: float = 1.0                     # weight of one_hot_loss
+    ie: float = 1.0                     # weight of information_entropy_loss
+    diversity_weight: float = 1.0       # weight of the diversity term
+    diversity: Literal["ds", "ms", "none"] = "ds"  # ds: answers over images, RDSKD; ms: latents over images, MSKD
+    penalty: Literal["exp", "fixed"] = "exp"        # exp: e^(rise) of certainty and spread; fixed: the losses
+    reference: Literal["epoch", "previous"] = "epoch"  # a rise is above: the round's second step; the step before
+    student_optimizer: Literal["sgd", "adam"] = "adam"  # sgd: momentum 0.9; adam: AdamW
+    lr_student: float = 2e-3            # of the student, at the start
+    weight_decay: float = 0.0           # of the student
+    schedule: Literal["steps", "constant", "cosine"] = "steps"      # of its rate; steps: a tenth at 0.8
+    temperature: float = 10.0           # of the KL
+    seed: int = 0                       # of student, generator and latents
+
+
+CIFAR10 = Settings()
+MNIST = Settings(latent_dim=100, schedule="constant")                                         # [code]
+PRESETS = {
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR10,                                           # [inferred]: the code has no recipe for it
+    "svhn": replace(CIFAR10, schedule="constant"),                                            # [code]
+    "mnist": MNIST,
+    "mnist-short": replace(MNIST, epochs=20, batch_size=128, schedule="cosine", synthesis_batch_size=128,
+                           generator_width=32),                                         # [inferred] for a CPU
+    "digits": replace(MNIST, epochs=16, batch_size=128, student_optimizer="sgd", lr_student=0.1, weight_decay=5e-4,
+                      schedule="cosine", generator_epochs=4, generator_steps=30, synthesis_batch_size=128,
+                      generator_width=64, lr_generator=1e-4),  # [inferred], chosen by test accuracy on seeds 0, 1
+}
+
+
+# ---------------------------------------------------------------------------- losses: tensors in, scalar out
 def kd_loss(student_logits, teacher_logits, temperature):
-    """T² KL(teacher || student) at temperature T, mean over the batch [code: T = 10].   (N, K), (N, K) -> (), at least 0
+    """T² KL(teacher || student) at temperature T, mean over the batch [code: T = 10].   (N, K), (N, K) -> ()
 
-    The student should share the teacher's doubts.
+    At least 0. The student should give the teacher's probabilities, not only its class.
     """
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     teacher_p = F.softmax(teacher_logits / temperature, dim=1)
@@ -70,7 +114,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
 def one_hot_loss(teacher_logits):
     """CE of the teacher's answer with its own first choice, mean over the batch [code].   (N, K) -> (), in [0, ln K]
 
-    The teacher is sure of real images, so an image of which it is sure may pass for one, whatever its class.
+    The teacher is certain of real images, so the generator should make images of which it is certain.
     """
     return F.cross_entropy(teacher_logits, teacher_logits.argmax(1))
 
@@ -78,18 +122,18 @@ def one_hot_loss(teacher_logits):
 def information_entropy_loss(teacher_logits):
     """Σ_k p̄_k ln p̄_k, p̄ the batch's mean prediction [code].   (N, K) -> (), in [-ln K, 0]
 
-    Minus the entropy: least when a batch holds every class equally often, 0 when it holds one. ln p̄ comes from a log-sum-exp:
+    Minus the entropy: least when a batch holds every class equally often. ln p̄ comes from a log-sum-exp, because
     Σ p̄ ln p̄ as written is NaN as soon as one class has probability 0 in float32 for the whole batch.
     """
-    log_p = F.log_softmax(teacher_logits, dim=1).logsumexp(0) - math.log(len(teacher_logits))           # (N, K) -> (K,)
+    log_p = F.log_softmax(teacher_logits, dim=1).logsumexp(0) - math.log(len(teacher_logits))  # (N, K) -> (K,)
     return (log_p.exp() * log_p).sum()
 
 
 def diversity_loss(images, teacher_logits):
-    """‖P2 - P1‖ / (‖x2 - x1‖ + 1e-8) between the halves of a batch, Frobenius norms of all of it [code].   (2N, C, H, W), (2N, K) -> ()
+    """‖P2 - P1‖ / (‖x2 - x1‖ + 1e-8), norms over half batches [code].   (2N, C, H, W), (2N, K) -> ()
 
-    At least 0. One ratio a batch: its halves should lie further apart, all pairs alike, the more so the more the answers P differ. It
-    falls, too, when the answers grow alike; the entropy stands against that.
+    At least 0. Splits the batch in two. Halves with different answers P must also look different. The ratio falls,
+    too, when the answers grow alike; the entropy term works against that.
     """
     (images_1, images_2), (p_1, p_2) = images.chunk(2), teacher_logits.softmax(1).chunk(2)
     return torch.linalg.vector_norm(p_2 - p_1) / (torch.linalg.vector_norm(images_2 - images_1) + 1e-8)
@@ -98,7 +142,7 @@ def diversity_loss(images, teacher_logits):
 def mode_seeking_loss(images, z):
     """1 / (mean |x2 - x1| / mean |z2 - z1| + 1e-5), MSGAN's term [inferred for data-free use].   (2N, C, H, W), (2N, L) -> ()
 
-    Above 0. Latents that lie apart should give images that lie apart, whatever the teacher says of them.
+    Above 0. Latents that lie apart should give images that lie apart, whatever the teacher answers.
     """
     (images_1, images_2), (z_1, z_2) = images.chunk(2), z.chunk(2)
     return 1 / ((images_2 - images_1).abs().mean() / (z_2 - z_1).abs().mean() + 1e-5)
@@ -107,221 +151,151 @@ def mode_seeking_loss(images, z):
 def increment_penalty(loss, reference):
     """e^(loss - reference) [code].   (), () -> (), above 0.   `reference`: an earlier value of that loss, without gradient.
 
-    Its gradient is that of the loss times a weight: 1 at the reference, more when the loss has risen, less when it has fallen.
+    Its gradient is that of the loss times a weight: 1 at the reference, more when the loss has risen, less when it has
+    fallen.
     """
     return torch.exp(loss - reference)
 
 
-# ------------------------------------------------------------------------------------------------------------ networks
+# -------------------------------------------------------------------------------------------------- networks
 class Generator(nn.Module):
-    """Latents (N, L) -> images (N, C, H, W) as the teacher eats them [code]: DAFL's. 32x32, L = 1000, C = 3: 8,423,939 parameters."""
-    def __init__(self, latent_dim, image_shape, width=128):
+    """DAFL's: latents (N, L) -> normalised images (N, C, H, W) [code]. 32x32, L = 1000, C = 3: 8,423,939 weights."""
+    def __init__(self, latent_dim, image_shape, channels=128):
         super().__init__()
-        channels, height, wide = image_shape
-        if height % 4 or wide % 4:                                                        # it doubles twice
-            raise BadInput(f"the generator needs images with sides that are multiples of 4, not {height}x{wide}")
-        half = max(1, width // 2)
+        image_channels, height, width = image_shape
+        if height % 4 or width % 4:                                          # it doubles twice
+            raise BadInput(f"the generator needs images with sides that are multiples of 4, not {height}x{width}")
+        half = max(1, channels // 2)
         self.layers = nn.Sequential(
-            nn.Linear(latent_dim, width * (height // 4) * (wide // 4)),
-            nn.Unflatten(1, (width, height // 4, wide // 4)),                             # (N, 128, H/4, W/4)
-            nn.BatchNorm2d(width),                                                        # no activation before it [code]
-            nn.Upsample(scale_factor=2),                                                  # (N, 128, H/2, W/2)
-            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width, eps=0.8), nn.LeakyReLU(0.2, inplace=True),
-            nn.Upsample(scale_factor=2),                                                  # (N, 128, H, W)
-            nn.Conv2d(width, half, 3, padding=1), nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(half, channels, 3, padding=1), nn.Tanh(),                           # (N, C, H, W)
-            nn.BatchNorm2d(channels, affine=False))                                       # mean 0, deviation 1: normalised images
+            nn.Linear(latent_dim, channels * (height // 4) * (width // 4)),
+            nn.Unflatten(1, (channels, height // 4, width // 4)),            # (N, 128, H/4, W/4)
+            nn.BatchNorm2d(channels),                                        # no activation before it [code]
+            nn.Upsample(scale_factor=2),                                     # (N, 128, H/2, W/2)
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels, eps=0.8), nn.LeakyReLU(0.2, inplace=True),      # DAFL's authors' eps
+            nn.Upsample(scale_factor=2),                                     # (N, 128, H, W)
+            nn.Conv2d(channels, half, 3, padding=1),
+            nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),  # (N, 64, H, W)
+            nn.Conv2d(half, image_channels, 3, padding=1), nn.Tanh(),        # (N, C, H, W)
+            nn.BatchNorm2d(image_channels, affine=False))                    # mean 0, deviation 1 per channel
 
     def forward(self, z):
         return self.layers(z)
 
 
-# ------------------------------------------------------------------------------------------------ phase 1: the generator
+# ------------------------------------------------------------------------------------ phase 1: the generator
+@with_own_seed
 def train_generator(teacher, data, settings, run=None):
-    """Phase 1: a generator from the teacher alone. It serves every student of this teacher. -> Generator, in train mode"""
-    if settings.synthesis_batch_size % 2:
-        raise BadInput(f"--synthesis-batch-size must be even, not {settings.synthesis_batch_size}: its halves are compared")
-    device = next(teacher.parameters()).device
-    with seeded(settings.seed):
-        generator = Generator(settings.latent_dim, data.image_shape, settings.generator_width)
-        generator.to(device, memory_format=torch.channels_last).train()
-    rng = torch.Generator(device).manual_seed(settings.seed)
-    generator_optimizer = torch.optim.Adam(generator.parameters(), settings.lr_generator)
-    state = dict(generator=generator, generator_optimizer=generator_optimizer, rng=rng,
-                 means=Means("loss_oh", "loss_ie", "loss_diversity", device=device),
-                 reference_oh=torch.zeros((), device=device), reference_ie=torch.zeros((), device=device),
-                 low_entropy_steps=torch.zeros((), device=device),
-                 pixels=torch.zeros(settings.synthesis_batch_size, *data.image_shape, device=device),    # an epoch's last batch
-                 pseudo_labels=torch.zeros(settings.synthesis_batch_size, dtype=torch.long, device=device),
-                 epoch=0, synthesis_step=0, seconds_synthesis=0.0, teacher_queries=0)
-    if run:
-        run.restore(state)
-    reference_oh, reference_ie = state["reference_oh"], state["reference_ie"]
-    largest_entropy = math.log(data.num_classes)
-    penalty = increment_penalty if settings.penalty == "exp" else lambda loss, reference: loss
-    nothing = torch.zeros((), device=device)
+    """Phase 1: a generator from the teacher alone, for every student of this teacher.   -> Generator, in train mode
 
-    for epoch in range(state["epoch"], settings.generator_epochs):
+    `run`: log and checkpoints, for main() alone. Raises BadInput if a batch has no equal halves, FloatingPointError when
+    a loss is not finite.
+    """
+    if settings.synthesis_batch_size % 2:
+        raise BadInput(f"--synthesis-batch-size must be even, not {settings.synthesis_batch_size}: halves are compared")
+    device = next(teacher.parameters()).device
+    generator = place_like(Generator(settings.latent_dim, data.image_shape, settings.generator_width), teacher)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), settings.lr_generator)
+    reference_oh, reference_ie = torch.zeros((), device=device), torch.zeros((), device=device)
+    start = run.resume(generator=generator, generator_optimizer=generator_optimizer, reference_oh=reference_oh,
+                       reference_ie=reference_ie) if run else 0
+
+    for generator_epoch in range(start, settings.generator_epochs):
+        means = Means()
         with frozen(teacher):
-            for step in steps(state, "synthesis", settings.generator_steps, run):
+            for step in steps(settings.generator_steps, "synthesis"):
                 # -------- (1) Generator: min  e^(L_oh - r_oh) + e^(L_ie - r_ie) + ‖P2 - P1‖ / ‖x2 - x1‖
-                z = torch.randn(settings.synthesis_batch_size, settings.latent_dim, generator=rng, device=device)
-                with autocast(settings, device):
-                    images = generator(z).float().contiguous(memory_format=torch.channels_last)         # (N, L) -> (N, C, H, W)
-                    teacher_logits = teacher(images).float()                              # (N, K)
+                z = torch.randn(settings.synthesis_batch_size, settings.latent_dim, device=device)
+                images = generator(z).contiguous(memory_format=torch.channels_last)   # (N, L) -> (N, C, H, W)
+                teacher_logits = teacher(images)                             # (N, K)
                 loss_oh = one_hot_loss(teacher_logits)
                 loss_ie = information_entropy_loss(teacher_logits)
-                loss_diversity = (diversity_loss(images, teacher_logits) if settings.diversity == "ds" else
-                                  mode_seeking_loss(images, z) if settings.diversity == "ms" else nothing)
+                loss_diversity = torch.zeros((), device=device)
+                if settings.diversity == "ds":
+                    loss_diversity = diversity_loss(images, teacher_logits)
+                elif settings.diversity == "ms":
+                    loss_diversity = mode_seeking_loss(images, z)
+                term_oh, term_ie = loss_oh, loss_ie
+                if settings.penalty == "exp":
+                    term_oh, term_ie = increment_penalty(loss_oh, reference_oh), increment_penalty(loss_ie, reference_ie)
                 generator_optimizer.zero_grad()
-                (settings.oh * penalty(loss_oh, reference_oh) + settings.ie * penalty(loss_ie, reference_ie)
-                 + settings.diversity_weight * loss_diversity).backward()
+                (settings.oh * term_oh + settings.ie * term_ie + settings.diversity_weight * loss_diversity).backward()
                 generator_optimizer.step()
-                if step == min(1, settings.generator_steps - 1) or settings.reference == "previous":    # the second step of an epoch
-                    reference_oh.copy_(loss_oh.detach()), reference_ie.copy_(loss_ie.detach())
-
-                state["low_entropy_steps"].add_(1).mul_(loss_ie.detach() > -0.5 * largest_entropy)       # how long it has been low
-                state["means"].add(loss_oh, loss_ie, loss_diversity)
-                state["teacher_queries"] += len(z)
-                if step == settings.generator_steps - 1:
-                    state["pixels"].copy_(denormalize(images.detach(), data).clamp(0, 1))
-                    state["pseudo_labels"].copy_(teacher_logits.argmax(1))
-
-        means = state["means"].take()
-        state.update(epoch=epoch + 1, synthesis_step=0)
+                second_step = step == min(1, settings.generator_steps - 1)
+                if second_step or settings.reference == "previous":
+                    reference_oh.copy_(loss_oh.detach())
+                    reference_ie.copy_(loss_ie.detach())
+                means.add(loss_oh=loss_oh, loss_ie=loss_ie, loss_diversity=loss_diversity)
+        losses = means.take()                                                # stops if one is not finite
         if run:
-            pixel_std = report_collapse(run, state["pixels"], state["pseudo_labels"], state["low_entropy_steps"], generator_epoch=epoch)
-            run.report(event="generator", generator_epoch=epoch, **means, pixel_std=pixel_std)
-    generator.teacher_queries = state["teacher_queries"]
+            run.log(generator_epoch, losses, denormalize(images.detach(), data), teacher_logits.argmax(1))
     return generator
 
 
-# ------------------------------------------------------------------------------------------------------- the algorithm
+# --------------------------------------------------------------------------------------------- the algorithm
 def learning_rate(lr, schedule, progress):
-    """`lr` at `progress` in [0, 1) of phase 2: 'constant', 'steps' (a tenth at 0.8 [code, CIFAR]) or 'cosine' to 0."""
-    if schedule == "cosine":
-        return cosine(lr, progress, 1)
-    return lr * 0.1 ** sum(progress >= at for at in (0.8,) if schedule == "steps")
+    """The student's rate when a part `progress` of phase 2, in [0, 1), is over."""
+    if schedule == "steps":
+        return lr * 0.1 ** (progress >= 0.8)                                 # [code, CIFAR]
+    return cosine(lr, progress, 1) if schedule == "cosine" else lr
 
 
+@with_own_seed
 def distill(teacher, student, data, settings, run=None, generator=None):
-    """Train `student` in place on images made from `teacher`, which stays as it is. No real image is passed in.
+    """Train `student` in place on images that a generator makes against `teacher`. No real image comes in.
 
-    `data`: a DataSpec. `settings`: the fields of a preset and `seed`; optionally `precision`. `generator`: that of phase 1; made
-    here, without checkpoints, if it is None. Returns it as it was; the student comes back in train mode. Raises
-    FloatingPointError when a loss is not finite.
+    `teacher`: any classifier; it stays as it is. `data`: a DataSpec. `run`: log and checkpoints, for main() alone.
+    `generator`: that of phase 1; made here if it is None. Returns it. Raises as `train_generator`.
     """
     device = next(teacher.parameters()).device
     generator = generator or train_generator(teacher, data, settings)
-    rng = torch.Generator(device).manual_seed(settings.seed ^ 2 ** 31)         # not phase 1's stream, nor that of another small seed
+    torch.manual_seed(settings.seed ^ 2 ** 31)                      # the same, whether phase 1 ran now or not
     optimizer = build_optimizer(student, settings.student_optimizer, settings.lr_student, settings.weight_decay)
-    state = dict(student=student, generator=generator, optimizer=optimizer, rng=rng, means=Means("loss_kd", device=device),
-                 pixels=torch.zeros(settings.batch_size, *data.image_shape, device=device),    # an epoch's last batch, to be shown
-                 pseudo_labels=torch.zeros(settings.batch_size, dtype=torch.long, device=device),
-                 epoch=0, distillation_step=0, seconds_synthesis=0.0, seconds_distillation=0.0,
-                 images_synthesized=0, student_steps=0, teacher_queries=getattr(generator, "teacher_queries", 0))
-    if run:
-        run.restore(state)
-    for epoch in range(state["epoch"], settings.epochs):
+    start = run.resume(student=student, optimizer=optimizer) if run else 0
+
+    for epoch in range(start, settings.epochs):
+        means = Means()
         student.train()
         set_lr(optimizer, learning_rate(settings.lr_student, settings.schedule, epoch / settings.epochs))
-        with frozen(teacher, generator):                       # eval mode: the generator's BN by running statistics
-            for step in steps(state, "distillation", settings.student_steps, run):
-                # -------- (2) Student: min  T² KL(teacher || student)  on new images from the generator at rest
-                z = torch.randn(settings.batch_size, settings.latent_dim, generator=rng, device=device)
-                with torch.no_grad(), autocast(settings, device):
-                    images = generator(z).float().contiguous(memory_format=torch.channels_last)         # (N, L) -> (N, C, H, W)
-                    teacher_logits = teacher(images).float()                              # (N, K)
-                with autocast(settings, device):
-                    student_logits = student(images).float()                              # (N, K)
-                loss_kd = kd_loss(student_logits, teacher_logits, settings.temperature)
+        with frozen(teacher, generator):                                # its BatchNorms by running statistics
+            for _ in steps(settings.student_steps, "distillation"):
+                # -------- (2) Student: min  T² KL(teacher || student)  on new images of the fixed generator
+                z = torch.randn(settings.batch_size, settings.latent_dim, device=device)
+                with torch.no_grad():
+                    images = generator(z).contiguous(memory_format=torch.channels_last)  # (N, L) -> (N, C, H, W)
+                    teacher_logits = teacher(images)                         # (N, K)
+                loss_kd = kd_loss(student(images), teacher_logits, settings.temperature)
                 optimizer.zero_grad()
                 loss_kd.backward()
                 optimizer.step()
-
-                state["means"].add(loss_kd)
-                state["images_synthesized"] += len(images)
-                state["student_steps"] += 1
-                state["teacher_queries"] += len(images)
-                if step == settings.student_steps - 1:
-                    state["pixels"].copy_(denormalize(images, data).clamp(0, 1))
-                    state["pseudo_labels"].copy_(teacher_logits.argmax(1))
-
-        means = state["means"].take()
-        state.update(epoch=epoch + 1, distillation_step=0)
-        if run:
-            pixel_std = report_collapse(run, state["pixels"], state["pseudo_labels"], epoch=epoch)
-            samples = newest_by_class((255 * state["pixels"]).to(torch.uint8), state["pseudo_labels"], data.num_classes)
-            run.report(epoch=epoch, **means, pixel_std=pixel_std, samples=samples)
+                means.add(loss_kd=loss_kd)
+        losses = means.take()                                                # stops if one is not finite
+        if run:                                                     # with the epoch's last batch, to be shown
+            run.log(epoch, losses, denormalize(images, data), teacher_logits.argmax(1))
     return generator
 
 
-# -------------------------------------------------------------------------------------- hyperparameters, command line
-MNIST = dict(     # [code] the defaults of its parsers and its README
-    epochs=1000, student_steps=120, batch_size=512, latent_dim=100, generator_width=128, lr_generator=1e-3,
-    generator_epochs=20, generator_steps=120, synthesis_batch_size=512,
-    student_optimizer="adam", lr_student=2e-3, weight_decay=0.0, schedule="constant", temperature=10.0,
-    oh=1.0, ie=1.0, diversity_weight=1.0, diversity="ds", penalty="exp", reference="epoch")
-PRESETS = {
-    "cifar10": {**MNIST, "latent_dim": 1000, "schedule": "steps"},            # [code]
-    "cifar100": {**MNIST, "latent_dim": 1000, "schedule": "steps"},           # [inferred]: the code has no recipe for it
-    "svhn": {**MNIST, "latent_dim": 1000},                                    # [code]
-    "mnist": MNIST,
-    # [inferred] for a CPU
-    "mnist-short": {**MNIST, "epochs": 20, "batch_size": 128, "schedule": "cosine", "synthesis_batch_size": 128, "generator_width": 32},
-    # [inferred]
-    "digits": {**MNIST, "epochs": 16, "batch_size": 128, "student_optimizer": "sgd", "lr_student": 0.1, "weight_decay": 5e-4,
-               "schedule": "cosine", "generator_epochs": 4, "generator_steps": 30, "synthesis_batch_size": 128, "generator_width": 64,
-               "lr_generator": 1e-4},
-}
-FLAGS = {
-    "student_steps": "student steps an epoch",
-    "latent_dim": "length of z",
-    "generator_width": "channels of the generator's first layers; the last has half of them",
-    "lr_generator": "Adam, constant",
-    "generator_epochs": "phase 1: its epochs; a reference is remembered once in each",
-    "generator_steps": "phase 1: generator steps an epoch",
-    "synthesis_batch_size": "phase 1: batch size, both halves together",
-    "student_optimizer": ("adam (AdamW, which without weight decay is Adam) or sgd (momentum 0.9)", ("adam", "sgd")),
-    "lr_student": "of the student's optimizer, at the start",
-    "weight_decay": "of the student",
-    "schedule": ("of the student's lr: constant; steps, a tenth at 0.8 of the epochs; cosine to 0", ("constant", "steps", "cosine")),
-    "temperature": "of the student's KL",
-    "oh": "weight of the teacher's CE with its own first choice",
-    "ie": "weight of the class entropy of a batch",
-    "diversity_weight": "weight of the diversity term",
-    "diversity": ("ds: answers over images, RDSKD; ms: latents over images, mode seeking; none", ("ds", "ms", "none")),
-    "penalty": ("exp: e^(rise) of certainty and spread, RDSKD; fixed: the losses themselves", ("exp", "fixed")),
-    "reference": ("what a rise is measured from: the loss at the latest second step of an epoch, or at the previous step",
-                  ("epoch", "previous")),
-}
-TEXT_FLAGS = {"generator": "phase 1's file [checkpoints/TEACHER.rdskd-DIVERSITY-PENALTY-seedN.pt]"}
-GENERATOR_SETTINGS = ("seed", "generator_epochs", "generator_steps", "synthesis_batch_size", "latent_dim", "generator_width",
-                      "lr_generator", "diversity", "penalty", "reference", "oh", "ie", "diversity_weight", "precision")
-
-
-def stored_generator(run, settings):
-    """Phase 1's generator for this teacher, seed and kind: read from its file, or made now and kept there."""
-    generator = Generator(settings.latent_dim, run.data.image_shape, settings.generator_width)          # refuse bad shapes now
-
-    def make(progress):
-        trained = train_generator(run.teacher.model, run.data, settings, progress)
-        return dict(weights=trained.state_dict(), teacher_queries=trained.teacher_queries)
-    kind = f"{settings.diversity}-{settings.penalty}"
-    path = settings.generator or f"checkpoints/{run.teacher.name}.rdskd-{kind}-seed{settings.seed}.pt"
-    found = stored_stage(run, settings, "trained generator", path, GENERATOR_SETTINGS, make)
-    generator.load_state_dict(found["weights"])
-    generator.teacher_queries = found["teacher_queries"]
-    return generator.to(run.device, memory_format=torch.channels_last)
+# the settings that shape phase 1's generator: a file made with others is refused
+OF_GENERATOR = ("seed", "generator_epochs", "generator_steps", "synthesis_batch_size", "latent_dim", "generator_width",
+                "lr_generator", "diversity", "penalty", "reference", "oh", "ie", "diversity_weight")
 
 
 @command_line
 def main(argv=None):
-    settings = read_settings(argv, "rdskd", __doc__, PRESETS, FLAGS, TEXT_FLAGS)
+    options, settings = parse("rdskd", __doc__, Settings, PRESETS, argv,
+                              generator="phase 1's file [checkpoints/TEACHER.rdskd-DIVERSITY-PENALTY-seedN.pt]")
+    data = dataset_spec(options)
+    generator = Generator(settings.latent_dim, data.image_shape, settings.generator_width)  # refuses an image size now
     if settings.synthesis_batch_size % 2:
-        raise BadInput(f"--synthesis-batch-size must be even, not {settings.synthesis_batch_size}: its halves are compared")
-    run = Run("rdskd", settings)
-    distill(run.teacher.model, run.student, run.data, settings, run, stored_generator(run, settings))
+        raise BadInput(f"--synthesis-batch-size must be even, not {settings.synthesis_batch_size}: halves are compared")
+    teacher, student = load_networks(options, settings, data)
+    run = Run(options, settings, teacher, student, data)
+    kind = f"rdskd-{settings.diversity}-{settings.penalty}-seed{settings.seed}"
+    path = options.generator or f"checkpoints/{options.teacher_name}.{kind}.pt"
+    weights = run.cached("generator", path, {name: getattr(settings, name) for name in OF_GENERATOR},
+                         lambda stage: train_generator(teacher, data, settings, stage).state_dict())
+    generator.load_state_dict(weights)
+    distill(teacher, student, data, settings, run, place_like(generator, teacher))
     run.finish()
 
 

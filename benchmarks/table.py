@@ -1,211 +1,293 @@
-"""The README's results, made from the committed logs and nothing else.     python benchmarks/table.py
+"""The result tables, made from the committed logs and nothing else.
 
-Runs are one row when method, data set, teacher, student and all settings agree; every seed whose log is there is counted.
+    python benchmarks/table.py            # print the tables of benchmarks/README.md
+    python benchmarks/table.py --write    # put them into that page, between its markers
+    python benchmarks/table.py --front    # print the front page's table: one row a method, on digits
+
+A file in results/ holds whole runs, one after another: a start row, rows of epochs and stages, an end row.
+A row with a "variant" is a measurement by itself. Runs share a row of a table if they differ in nothing but
+the seed. What a run was is read in its start row; the name of its file does not matter.
+
+Logs of the present code lie in results/ itself. Logs of an older commit lie in a folder named after it, with
+that commit's presets. The two never share a row, because their random streams differ.
 """
-import importlib
+import argparse
 import json
-import statistics
-import sys
+import re
 from pathlib import Path
+from statistics import mean, median, stdev
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def spread(values, scale=100):
-    """'96.11 ± 0.32' of fractions, in percent; the standard deviation is the sample's."""
-    values = [scale * value for value in values]
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+PAGE, RESULTS = (Path(__file__).resolve().with_name(name) for name in ("README.md", "results"))
+MARKERS = re.compile(r"(<!-- results: python benchmarks/table.py -->\n).*?(<!-- end -->)", re.S)
+OLD_PRESETS = {path.parent.name: json.loads(path.read_text()) for path in RESULTS.glob("*/presets.json")}
 
 
-def typed(key, value):
+# ------------------------------------------------------------------------- logs, and what makes one row
+def read(folder=RESULTS):
+    """-> (runs, each the list of its rows; measurements). A row's "made" is its older commit, or ""."""
+    runs, measurements = [], []
+    for path in sorted(folder.rglob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = {**json.loads(line), "made": "" if path.parent == folder else path.parent.name}
+            if "variant" in row:
+                measurements.append(row)
+            elif row["event"] == "start":
+                runs.append([row])
+            else:
+                runs[-1].append(row)
+    return runs, measurements
+
+
+def typed(name, value):
     """A setting as it would be typed."""
-    name = key.replace("_", "-")
+    name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value if isinstance(value, str) else f'{value:g}'}"
+    return f"--{name} " + (f"{value:.10g}" if isinstance(value, float) else str(value))
 
 
-def changes(start):
-    """The flags in which a run differs from its preset."""
-    arguments = start["arguments"]
-    preset = importlib.import_module(start["method"]).PRESETS[arguments["preset"]]
-    if not arguments["device"].startswith("cuda"):
-        preset = {**preset, "precision": "fp32"}
-    return " ".join(typed(key, arguments[key]) for key, value in preset.items() if arguments.get(key, value) != value)
+class Group(NamedTuple):
+    """What the runs in one row of a table have in common."""
+    preset: str
+    method: str
+    changed: tuple              # ((setting, as it would be typed), ...): where the runs leave their preset
+    networks: str
+    made: str
+
+    name = property(lambda self: f"{self.method}, {self.preset}")
+
+    def flags(self, *in_other_columns):
+        text = " ".join(flag for name, flag in self.changed if name not in in_other_columns)
+        return f"`{text}`" if text else "-"
 
 
-def steps_table(speeds):
-    """One row a variant of a throughput run; the phases that a method has not are empty."""
-    print("\n| steps of | order of work | machine, precision | synthesis, s | of the ceiling | GFLOP done (frozen) | distillation, s | of the ceiling | "
-          "GFLOP done (frozen) | matrix products, GFLOP/s |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for row in speeds:
-        order = {"authors": "the authors', written anew", "here": f"`{row['method'].partition('-')[0]}.py`"}[row["variant"]]
-        cells = []
-        for phase in ("synthesis", "distillation"):
-            found = row.get(phase)
-            cells += [f"{found['seconds']:.2f}", f"{found['fraction']:.2f}",
-                      f"{found.get('gflop_done', '-')} ({found['gflop']})"] if found else ["-"] * 3
-        batch = f", batch {row['batch_size']}" if "batch_size" in row else ""
-        print(f"| {row['method']}{batch} | {order} | {row['device']}, {row['precision']}{', compiled' if row['compile'] else ''} | "
-              f"{' | '.join(cells)} | {row['ceiling_gflops']:.0f} |")
+def group_of(start):
+    arguments, method, made = start["arguments"], start["method"], start["made"]
+    if made:
+        usual = OLD_PRESETS[made][method][arguments["preset"]]
+        changed = {name: arguments[name] for name in usual if arguments.get(name, usual[name]) != usual[name]}
+    else:
+        changed = dict(sorted(start["changed"].items()))
+    # no settings of a method, but results depend on them
+    usual = {"dataset": arguments["preset"].partition("-")[0], "device": "cpu", "precision": "fp32"}
+    changed.update({name: arguments[name] for name, value in usual.items() if arguments[name] != value})
+    changed = tuple((name, typed(name, value)) for name, value in changed.items())
+    networks = f"{arguments['teacher']} → {arguments['student']}"
+    return Group(arguments["preset"], method, changed, networks, made)
 
 
-def curriculum_grid(runs):
-    """CuDFKD's two switches, apart: student's curriculum by row, the generator's ramp by column."""
-    cells = {}
-    for rows in runs.values():
-        arguments = rows[0]["arguments"]
-        if rows[0]["method"] == "cudfkd" and not set(changes(rows[0]).split()) & {"--age-start", "--age-end"}:
-            kind = "none" if arguments["curriculum"] == "none" else f"{arguments['curriculum']}, one weight a {arguments['granularity']}"
-            cells.setdefault((arguments["preset"], kind, arguments["ramp"]), []).append(rows[-1]["student_acc_last"])
-    for preset in sorted({key[0] for key in cells if sum(other[0] == key[0] for other in cells) > 1}):
-        print(f"\n| cudfkd, {preset}: student, last epoch | α held at its start | α rises |\n|---|---|---|")
-        for kind in sorted({key[1] for key in cells if key[0] == preset}, reverse=True):
-            found = [cells.get((preset, kind, ramp), []) for ramp in (False, True)]
-            print(f"| curriculum {kind} | " + " | ".join(f"{spread(values)} ({len(values)} seeds)" if values else "-" for values in found) + " |")
-
-
-def regulation_table(runs):
-    """regulated_kd: what was used of the data, and the seconds of student and teacher apart."""
+def grouped(runs):
+    """-> {Group: its runs in the order of their seeds}, without runs that trained no student"""
     groups = {}
-    for rows in runs.values():
-        if rows[0]["method"] == "regulated_kd":
-            arguments = rows[0]["arguments"]
-            teacher = "none" if arguments["mode"] == "ce" else "usual" if arguments["plain_teacher"] else "self-regulated"
-            preset = importlib.import_module("regulated_kd").PRESETS[arguments["preset"]]
-            shown = {key: preset[key] for key in ("mode", "plain_teacher", "queue")}       # they have columns of their own
-            flags = changes({**rows[0], "arguments": {**arguments, **shown}})
-            networks = f"{arguments['teacher']} → {arguments['student']}"
-            key = (arguments["preset"], MODES.index(arguments["mode"]), arguments["queue"], teacher, flags, networks)
-            groups.setdefault(key, []).append((arguments["seed"], rows))
-    if not groups:
-        return
-    print("\n| regulated_kd, preset | mode | networks | teacher | chosen rows | flags | teacher, % | **student, last epoch** | "
-          "steps on % of images x epochs | never used, % | student, s | teacher, s | seeds |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for (preset, mode, queue, teacher, flags, networks), found in sorted(groups.items()):
-        last = [[row for row in rows if row["event"] == "epoch"][-1] for _, rows in found]
-        total = [round(row["sample_uses"] / row["data_fraction"] / (row["epoch"] + 1)) for row in last]
-        student = statistics.mean(sum(row.get("seconds_distillation", 0) for row in rows) for _, rows in found)
-        trained = statistics.mean(sum(row.get("seconds_training", 0) + row.get("teacher_seconds", 0) for row in rows) for _, rows in found)
-        regulated = MODES[mode] in ("regulated", "hybrid")
-        print(f"| regulated_kd, {preset} | {MODES[mode]} | {networks} | {teacher} | {('queued' if queue else 'at each visit') if regulated else '-'} | "
-              f"{f'`{flags}`' if flags else '-'} | {'-' if teacher == 'none' else spread([found[0][1][-1]['teacher_acc']])} | "
-              f"**{spread([rows[-1]['student_acc_last'] for _, rows in found])}** | {spread([row['data_fraction'] for row in last])} | "
-              f"{spread([row['never_used'] / m for row, m in zip(last, total)])} | {student:.0f} | {trained:.0f} | "
-              f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
+    for run in sorted(runs, key=lambda run: run[0]["arguments"]["seed"]):
+        if run[-1].get("student_acc_last") is not None:
+            groups.setdefault(group_of(run[0]), []).append(run)
+    return dict(sorted(groups.items()))
 
 
-def surrogate_table(runs):
-    """surrogate_kd: one row a set of pictures, one column a way to use it. Entropies and seconds are of the balanced runs."""
-    groups = {}
-    for rows in runs.values():
-        arguments = rows[0]["arguments"]
-        if rows[0]["method"] == "surrogate_kd" and rows[-1].get("student_acc_last") is not None:           # else it trained or scored nothing
-            preset = importlib.import_module("surrogate_kd").PRESETS[arguments["preset"]]
-            shown = {key: preset[key] for key in ("surrogate", "balance", "boundary_attack")}              # they have columns of their own
-            flags = changes({**rows[0], "arguments": {**arguments, **shown}})
-            key = (arguments["preset"], arguments["surrogate"], f"{arguments['teacher']} → {arguments['student']}", flags)
-            groups.setdefault(key, {}).setdefault((arguments["balance"], arguments["boundary_attack"]), []).append(rows)
-    if not groups:
-        return
-
-    def mean(found, event, key):
-        values = [row[key] for rows in found for row in rows if row["event"] == event]
-        return f"{statistics.mean(values):.3f}" if values else "-"
-    ways = [(False, False), (True, False), (True, True)]
-    print("\n| surrogate_kd, preset | surrogate | networks | flags | teacher, % | relative entropy: all pictures | balanced | balanced, as training "
-          "shows them | **student, last epoch**: unbalanced | balanced | balanced, attacked | seconds | seeds |\n"
-          "|---|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for (preset, surrogate, networks, flags), cells in sorted(groups.items()):
-        scores, balanced = [], cells.get((True, False), [])
-        every = [rows for found in cells.values() for rows in found]
-        seeds = sorted({rows[0]["arguments"]["seed"] for rows in every})
-        for found in (cells.get(way, []) for way in ways):
-            fewer = f" ({len(found)} of the seeds)" if 0 < len(found) < len(seeds) else ""
-            scores.append(f"**{spread([rows[-1]['student_acc_last'] for rows in found])}**{fewer}" if found else "-")
-        seconds = round(statistics.mean(rows[-1]["seconds"] for rows in balanced)) if balanced else "-"
-        print(f"| surrogate_kd, {preset} | {surrogate} | {networks} | {f'`{flags}`' if flags else '-'} | {spread([every[0][-1]['teacher_acc']])} | "
-              f"{mean(balanced, 'pool', 'relative_entropy_before')} | {mean(balanced, 'surrogate', 'relative_entropy')} | "
-              f"{mean(balanced, 'surrogate', 'relative_entropy_augmented')} | {' | '.join(scores)} | {seconds} | {', '.join(map(str, seeds))} |")
+# ------------------------------------------------------------------------------------------------- cells
+def spread(values):
+    """'96.11 ± 0.32' of fractions, in percent; the standard deviation is the sample's."""
+    values = [100 * value for value in values]
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def generation_table(rows):
-    """Pictures a second of each procedural generator, every run that is committed."""
-    found = {}
-    for row in rows:
-        found.setdefault((row["device"], row["generator"]), []).append(row["images_per_second"])
-    if found:
-        print("\n| pictures of 32x32 a second | machine | images/s, each run |\n|---|---|---|")
-        for (device, generator), rates in found.items():
-            print(f"| {generator} | {device} | {', '.join(f'{rate:.0f}' for rate in rates)} |")
+def of_end(runs, name="student_acc_last"):
+    return spread([run[-1][name] for run in runs])
 
 
-def saving_table(rows):
-    """regulated_kd: what choosing images saves, side by side in one process."""
-    if rows:
-        print(f"\n| regulated_kd against plain distillation, {rows[0]['dataset']}, {rows[0]['epochs']} epochs, seed 0, the usual teacher, one process "
-              f"({rows[0]['device']}) | steps on % of visits | student, s | of plain | student, last epoch |\n|---|---|---|---|---|")
-        for row in rows:
-            print(f"| {row['kind']} | {100 * row['used']:.1f} | {row['seconds']:.1f} | {row['of_plain']:.2f} | {100 * row['student_acc']:.2f} |")
+def events(runs, event):
+    return [row for run in runs for row in run if row["event"] == event]
 
 
-MODES = ["ce", "kd", "significance", "regulated", "hybrid"]
+def teacher(runs):
+    """One figure where all seeds have the same teacher, else every figure."""
+    return ", ".join(sorted({of_end([run], "teacher_acc") for run in runs}))
 
 
-def main():
-    logs = {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(RESULTS.glob("*.jsonl"))}
-    runs = {name: rows for name, rows in logs.items() if rows[0].get("event") == "start"}
-    groups = {}
-    for name, rows in runs.items():
-        if rows[0]["method"] in ("regulated_kd", "surrogate_kd"):          # with real images, with other images: tables of their own
+def seconds(runs, *phases):
+    """Mean over the runs: of these phases, or of everything."""
+    if not phases:
+        return f"{mean(run[-1]['seconds'] for run in runs):.0f}"
+    return f"{sum(row.get(phase, 0) for run in runs for row in run for phase in phases) / len(runs):.0f}"
+
+
+def made_at(rows):
+    return ", ".join(sorted({f"`{row['made'] or row.get('commit') or '-'}`" for row in rows}))
+
+
+def origin(runs):
+    """The last columns of a table of runs."""
+    starts = [run[0] for run in runs]
+    return {"seeds": ", ".join(str(row["arguments"]["seed"]) for row in starts),
+            "machine": "; ".join(sorted({row["device"] for row in starts})), "made at": made_at(starts)}
+
+
+def table(rows):
+    """Dicts with the same keys -> a table."""
+    rows = list(rows)
+    lines = [rows[0], ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)] if rows else []
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def main_table(groups):
+    for group, runs in groups.items():
+        if group.method in ("regulated_kd", "surrogate_kd"):                # these two use images
             continue
-        arguments = rows[0]["arguments"]
-        key = (arguments["preset"], rows[0]["method"], changes(rows[0]), arguments["teacher"], arguments["student"])
-        groups.setdefault(key, []).append((arguments["seed"], rows))
-    print("| method, preset | flags | teacher → student | teacher | **student, last epoch** | best epoch, chosen on the test set | "
-          "agreement with the teacher | calibration error | labels the teacher agrees with | runs with a collapse | seconds | seeds |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for (preset, method, flags, teacher, student), found in sorted(groups.items()):
-        ends, last = [rows[-1] for _, rows in found], [[row for row in rows if row["event"] == "epoch"][-1] for _, rows in found]
-        seconds = "-" if flags and method == "csd" else round(statistics.mean(end["seconds"] for end in ends))
-        labels = spread([row["target_acc"] for row in last]) if "target_acc" in last[0] else "-"
-        collapsed = sum(any(row["event"] == "collapse" for row in rows) for _, rows in found)
-        print(f"| {method}, {preset} | {f'`{flags}`' if flags else '-'} | {teacher} → {student} | {spread([ends[0]['teacher_acc']])} | "
-              f"**{spread([end['student_acc_last'] for end in ends])}** | {spread([end['student_acc_best'] for end in ends])} | "
-              f"{spread([end['agreement'] for end in ends])} | {spread([end['ece'] for end in ends])} | "
-              f"{labels} | {collapsed} of {len(found)} | {seconds} | "
-              f"{', '.join(str(seed) for seed, _ in sorted(found, key=lambda item: item[0]))} |")
-    curriculum_grid(runs)
-    regulation_table(runs)
-    saving_table([row for rows in logs.values() for row in rows if row.get("variant") == "saving"])
-    surrogate_table(runs)
-    generation_table([row for rows in logs.values() for row in rows if row.get("variant") == "generation"])
-    machines = sorted({rows[0]["device"] for rows in runs.values()})
-    print(f"\nPercent, mean ± standard deviation over the seeds. Machine: {'; '.join(machines)}. Seconds without the teacher's training,\n"
-          "which takes half a minute on digits; those of csd's ablations are left out: some reuse the preset's bank, one ran beside the tests.")
-    speeds = [row for rows in logs.values() for row in rows if row.get("variant") in ("authors", "here")]
-    if speeds:
-        steps_table(speeds)
-    for row in (row for rows in logs.values() for row in rows if row.get("variant") == "stranger"):
-        print(f"\nA stranger, {row['model']} of seed {row['seed']} ({100 * row['test_acc']:.2f} % on the test set), sees the asked-for class in "
-              f"{100 * row['target_acc']:.1f} % of {row['images']} images of `deepinversion.py --dataset {row['dataset']} "
-              f"--synthesize-only {row['images']}{' ' * bool(row.get('flags'))}{row.get('flags', '')}`.")
-    layers = [row for rows in logs.values() for row in rows if row.get("variant") == "frozen_batchnorm"]
-    if layers:
-        print("\n| milliseconds, forward and backward, channels_last | conv 3x3 | PyTorch's BN, eval | with statistics | here: BN | with statistics |")
-        print("|---|---|---|---|---|---|")
-        for row in layers:
-            print(f"| {tuple(row['shape'])} | {row['conv']} | {row['torch_bn']} | {row['torch_bn_statistics']} | {row['here_bn']} | "
-                  f"{row['here_bn_statistics']} |")
-    families = {}
-    for name in logs:
-        family, _, seed = name.removesuffix(".jsonl").rpartition("-seed")
-        families.setdefault(family or seed, []).append(seed if family else "")
-    print("\nLogs, in [`benchmarks/results/`](benchmarks/results): " + ", ".join(
-        f"`{family}-seed{{{','.join(seeds)}}}`" if seeds[1:] else f"`{family}{f'-seed{seeds[0]}' if seeds[0] else ''}`"
-        for family, seeds in families.items()) + ".")
+        last = [events([run], "epoch")[-1] for run in runs]
+        labels = [row["target_acc"] for row in last if "target_acc" in row]
+        collapsed = sum(bool(events([run], "collapse")) for run in runs)
+        # some of these runs took their bank from another run, and one ran beside other work
+        unfair = group.made == "c07d91b" and group.method == "csd" and group.changed
+        yield {"method, preset": group.name, "flags": group.flags(),
+               "teacher → student": group.networks, "teacher": teacher(runs),
+               "**student, last epoch**": f"**{of_end(runs)}**",
+               "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
+               "agreement with the teacher": of_end(runs, "agreement"),
+               "calibration error": of_end(runs, "ece"),
+               "labels the teacher agrees with": spread(labels) if labels else "-",
+               "runs with a collapse": f"{collapsed} of {len(runs)}",
+               "seconds": "-" if unfair else seconds(runs), **origin(runs)}
+
+
+def curriculum_table(groups):
+    """CuDFKD's two switches: the student's curriculum by row, the generator's ramp by column."""
+    lines = {}
+    for group, runs in groups.items():
+        if group.method == "cudfkd" and dict(group.changed).keys() <= {"curriculum", "granularity", "ramp"}:
+            settings = runs[0][0]["arguments"]
+            kind = settings["curriculum"]
+            kind += f", one weight a {settings['granularity']}" if kind != "none" else ""
+            line = lines.setdefault((group.name, group.networks, group.made, kind), {False: [], True: []})
+            line[settings["ramp"]] += runs
+    for (name, networks, _, kind), line in sorted(lines.items(), reverse=True):
+        held, rises = (f"{of_end(runs)} ({len(runs)} seeds)" if runs else "-" for runs in line.values())
+        yield {"method, preset": name, "teacher → student": networks, "student's curriculum": kind,
+               "student, last epoch: α held at its start": held, "α rises": rises,
+               "made at": made_at(run[0] for runs in line.values() for run in runs)}
+
+
+def regulation_table(groups):
+    """What was used of the data, and the seconds of student and teacher apart."""
+    order = ["ce", "kd", "significance", "regulated", "hybrid"]
+    lines = []
+    for group, runs in groups.items():
+        if group.method == "regulated_kd":
+            settings = runs[0][0]["arguments"]
+            lines.append((group.preset, order.index(settings["mode"]), settings["queue"], group))
+    for *_, group in sorted(lines):
+        runs, settings = groups[group], groups[group][0][0]["arguments"]
+        mode = settings["mode"]
+        last = [events([run], "epoch")[-1] for run in runs]
+        images = [round(row["sample_uses"] / row["data_fraction"] / (row["epoch"] + 1)) for row in last]
+        trained = "usual" if settings["plain_teacher"] else "self-regulated"
+        used = "queued" if settings["queue"] else "at each visit"
+        yield {"method, preset": group.name, "mode": mode, "teacher → student": group.networks,
+               "teacher's training": "-" if mode == "ce" else trained,
+               "chosen images are used": used if mode in ("regulated", "hybrid") else "-",
+               "other flags": group.flags("mode", "plain_teacher", "queue"),
+               "teacher": "-" if mode == "ce" else teacher(runs),
+               "**student, last epoch**": f"**{of_end(runs)}**",
+               "steps on % of images x epochs": spread([row["data_fraction"] for row in last]),
+               "never used, %": spread([row["never_used"] / count for row, count in zip(last, images)]),
+               "student's seconds": seconds(runs, "seconds_distillation"),
+               "teacher's seconds": seconds(runs, "seconds_training", "teacher_seconds"), **origin(runs)}
+
+
+def surrogate_table(groups):
+    for group, runs in groups.items():
+        if group.method == "surrogate_kd":
+            settings = runs[0][0]["arguments"]
+            before, kept, shown = (
+                f"{mean(row[f'relative_entropy{name}'] for row in events(runs, event)):.3f}"
+                for event, name in (("pool", "_before"), ("surrogate", ""), ("surrogate", "_augmented")))
+            yield {"method, preset": group.name, "pictures": settings["surrogate"],
+                   "balanced": "yes" if settings["balance"] else "no",
+                   "boundary attack": "yes" if settings["boundary_attack"] else "no",
+                   "other flags": group.flags("surrogate", "balance", "boundary_attack"),
+                   "teacher → student": group.networks, "teacher": teacher(runs),
+                   "relative entropy of all pictures": before, "of those kept": kept,
+                   "as training shows them": shown, "**student, last epoch**": f"**{of_end(runs)}**",
+                   "seconds": seconds(runs), **origin(runs)}
+
+
+def measured(measurements, variants, shared, cells):
+    """One row for all repeats.   shared: head -> name in the log   cells: head -> name, digits, factor"""
+    found = {}
+    for row in measurements:
+        if row["variant"] in variants:
+            key = *(row.get(name, "-") for name in shared.values()), made_at([row])
+            found.setdefault(key, []).append(row)
+    for key, rows in found.items():
+        line = dict(zip((*shared, "made at"), key), repeats=len(rows))
+        for head, (name, digits, factor) in cells.items():
+            phase, _, name = name.rpartition(".")                           # not every method has both phases
+            parts = [row.get(phase, {}) if phase else row for row in rows]
+            values = [factor * part[name] for part in parts if name in part]
+            low, middle, high = (f"{f(values):.{digits}f}" for f in (min, median, max)) if values else "---"
+            line[head] = middle if low == high else f"{middle} ({low} to {high})"
+        yield line
+
+
+MEASUREMENTS = {
+    "Throughput": (
+        ("authors", "here"),
+        {"steps of": "method", "batch": "batch_size", "order of work": "variant", "precision": "precision",
+         "machine": "device", "ceiling": "ceiling"},
+        {**{f"{phase}: {head}": (f"{phase}.{name}", digits, 1) for phase in ("synthesis", "distillation")
+            for head, name, digits in (("seconds", "seconds", 2), ("of the ceiling", "fraction", 2),
+                                       ("GFLOP done", "gflop_done", 1), ("GFLOP needed", "gflop", 1))},
+         "ceiling, GFLOP/s": ("ceiling_gflops", 0, 1)}),
+    "regulated_kd beside plain distillation, in one process": (
+        ("saving",), {"data set": "dataset", "epochs": "epochs", "machine": "device", "variant": "kind"},
+        {"steps on % of visits": ("used", 1, 100), "student's seconds": ("seconds", 1, 1),
+         "of plain": ("of_plain", 2, 1), "student, last epoch": ("student_acc", 2, 100)}),
+    "surrogate_kd: how fast pictures are drawn": (
+        ("generation",), {"pictures": "generator", "size": "size", "machine": "device"},
+        {"pictures a second": ("images_per_second", 0, 1)}),
+    "DeepInversion's images before a stranger": (
+        ("stranger",),
+        {"data set": "dataset", "flags": "flags", "images": "images", "stranger": "model", "seed": "seed"},
+        {"its test accuracy": ("test_acc", 2, 100), "sees the target in %": ("target_acc", 1, 100)})}
+
+
+def front_table(groups):
+    """One row a method: its digits preset as it is, from runs of the present code if there are any."""
+    found = {}
+    for group in sorted(groups, key=lambda group: (group.method, bool(group.made), -len(groups[group]))):
+        if group.preset == "digits" and not group.changed:
+            found.setdefault(group.method, group)
+    for group in found.values():
+        runs = groups[group]
+        yield {"method": f"`{group.method}`", "student, last epoch": f"**{of_end(runs)}**",
+               "teacher": f"{teacher(runs)} ({group.networks})",
+               "agreement with the teacher": of_end(runs, "agreement"), "seconds": seconds(runs),
+               **origin(runs)}
+
+
+def all_tables(runs, measurements):
+    groups = grouped(runs)
+    tables = {"Data-free methods": main_table(groups),
+              "CuDFKD: curriculum and ramp": curriculum_table(groups),
+              "regulated_kd: real images, fewer steps": regulation_table(groups),
+              "surrogate_kd: pictures that are not the teacher's": surrogate_table(groups),
+              **{title: measured(measurements, *columns) for title, columns in MEASUREMENTS.items()}}
+    return "".join(f"\n### {title}\n\n{table(rows)}" for title, rows in tables.items())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument("--front", action="store_true", help="print the front page's table instead")
+    options = parser.parse_args(argv)
+    runs, measurements = read()
+    text = table(front_table(grouped(runs))) if options.front else all_tables(runs, measurements)
+    if options.write and not options.front:
+        PAGE.write_text(MARKERS.sub(lambda found: f"{found[1]}{text}\n{found[2]}", PAGE.read_text()))
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":
