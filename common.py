@@ -24,6 +24,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 
@@ -49,7 +51,7 @@ class BadInput(ValueError):
 
 # ----------------------------------------------------------------------------------------------- 1. datasets
 class DataSpec(NamedTuple):
-    """All that a data-free student may know about the data. It holds no image; a teacher's file carries it."""
+    """All that a data-free student may know about the data. It holds no image."""
     image_shape: tuple   # (C, H, W)
     num_classes: int
     mean: tuple          # per channel, of pixels in [0, 1]
@@ -73,11 +75,11 @@ DATASETS = {
     "fashion_mnist": DataSpec((1, 32, 32), 10, (0.2860,), (0.3530,)),
     "fashion_mnist28": DataSpec((1, 28, 28), 10, (0.2860,), (0.3530,)),
     "svhn": DataSpec((3, 32, 32), 10, (0.5,) * 3, (0.5,) * 3),      # as CMI and CSD: no crop, no flip
-    # 0.2023... is the mean of the images' own deviations (that of all pixels is 0.2470...). Published CIFAR-10
+    # 0.2023... is the mean of the images' own deviations (that of all pixels is 0.2470). Published CIFAR-10
     # teachers were trained with it, and BatchNorm statistics depend on the constants they were taken with.
-    "cifar10": DataSpec((3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), crop=4, flip=True),
-    "cifar100": DataSpec((3, 32, 32), 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), crop=4, flip=True),
-    "imagenet": DataSpec((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=28, flip=True),
+    "cifar10": DataSpec((3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 4, flip=True),
+    "cifar100": DataSpec((3, 32, 32), 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 4, flip=True),
+    "imagenet": DataSpec((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 28, flip=True),
 }
 NO_DOWNLOAD = "for a run that needs no download, type: --dataset digits"
 
@@ -90,16 +92,16 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
     """The whole training or test set.   -> ImageSet, DataSpec
 
     `digits`: 1,797 real 8x8 digits inside scikit-learn, split 1,437 / 360 by a fixed permutation.
-    `folder:PATH@SIZE`: PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, shorter side resized to SIZE, centre
-    cropped. The others come from `data_dir` or, if they are not there, from the internet.
-    Raises BadInput if the set is unknown, or can neither be found nor downloaded.
+    `folder:PATH@SIZE`: PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, shorter side resized to SIZE,
+    centre cropped. The others come from `data_dir` or, if they are not there, from the internet. Raises
+    BadInput if the set is unknown, or can neither be found nor downloaded.
     """
     if name.startswith("folder:"):
         return _read_folder(name, train, device)
     if name not in DATASETS:
         raise BadInput(f"unknown data set '{name}'; choose from {dataset_names()}")
     if name == "imagenet":
-        raise BadInput("ImageNet's images are not read here; its name is for synthesis with a torchvision teacher")
+        raise BadInput("ImageNet's images are not read here; its name is for synthesis alone")
     data = DATASETS[name]
     if name == "digits":
         import numpy
@@ -110,16 +112,17 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
         pixels = torch.tensor(values[order], dtype=torch.uint8).reshape(-1, 1, 8, 8)
         return ImageSet(pixels.to(device), torch.tensor(labels[order]).long().to(device), scale=16.0), data
     pixels, labels = _read_torchvision(name.removesuffix("28"), train, Path(data_dir))
-    if pixels.shape[2:] != data.image_shape[1:]:                             # (N, 1, 28, 28) -> (N, 1, 32, 32)
+    if pixels.shape[2:] != data.image_shape[1:]:                            # (N, 1, 28, 28) -> (N, 1, 32, 32)
         pixels = F.interpolate(pixels.float(), data.image_shape[1:], mode="bilinear").round().to(torch.uint8)
     return ImageSet(pixels.contiguous().to(device), labels.long().to(device)), data
 
 
 def _read_torchvision(name, train, data_dir):
     """(N, C, H, W) uint8 and (N,) labels of a torchvision set, downloaded if it is not in `data_dir`."""
-    class_name, folder = {"mnist": ("MNIST", "MNIST/raw"), "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
-                          "svhn": ("SVHN", "."), "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-                          "cifar100": ("CIFAR100", "cifar-100-python")}[name]
+    class_name, folder = {
+        "mnist": ("MNIST", "MNIST/raw"), "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
+        "svhn": ("SVHN", "."), "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+        "cifar100": ("CIFAR100", "cifar-100-python")}[name]
     build = getattr(torchvision.datasets, class_name)
     which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
@@ -148,13 +151,13 @@ def _read_folder(name, train, device):
         raise BadInput(f"'{name}': the size after @ must be 1 to 1024 pixels")
 
     def read(part):
-        root, steps = Path(path, part), [torchvision.transforms.PILToTensor()]
+        root, resize = Path(path, part), []
         if not root.is_dir():
             raise BadInput(f"'{name}' needs the folder {root} with one folder a class in it; {NO_DOWNLOAD}")
         if size:
-            steps = [torchvision.transforms.Resize(int(size)), torchvision.transforms.CenterCrop(int(size)), *steps]
+            resize = [v2.Resize(int(size)), v2.CenterCrop(int(size))]
         try:
-            found = torchvision.datasets.ImageFolder(root, torchvision.transforms.Compose(steps))
+            found = torchvision.datasets.ImageFolder(root, v2.Compose([*resize, v2.PILToTensor()]))
             return torch.stack([image for image, _ in found]), torch.tensor(found.targets), found.classes
         except FileNotFoundError as error:
             raise BadInput(f"{root} holds no class folders with images ({error})") from None
@@ -174,23 +177,27 @@ def _read_folder(name, train, device):
 
 
 @functools.lru_cache           # kept on the device: a copy from the host at every step would make a GPU wait
-def _per_channel(values, device):
+def _on_device(values, device):
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def _per_channel(values, like):
+    return _on_device(tuple(values), like.device)
 
 
 def normalize(pixels, data):
     """pixels (N, C, H, W) in [0, 1] -> images: (pixels - mean) / std per channel, in channels_last order."""
-    images = (pixels - _per_channel(tuple(data.mean), pixels.device)) / _per_channel(tuple(data.std), pixels.device)
+    images = (pixels - _per_channel(data.mean, pixels)) / _per_channel(data.std, pixels)
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def denormalize(images, data):
     """images (N, C, H, W) -> pixels, not clamped."""
-    return images * _per_channel(tuple(data.std), images.device) + _per_channel(tuple(data.mean), images.device)
+    return images * _per_channel(data.std, images) + _per_channel(data.mean, images)
 
 
 def crop_by_offsets(pixels, padding, top, left, flip=None):
-    """Zero-pad (N, C, H, W) by `padding`; cut (H, W) out at row top (N,), column left (N,); mirror where flip (N,).
+    """Zero-pad (N, C, H, W) by `padding`; cut out (H, W) at row top (N,), column left (N,); mirror at flip.
 
     One gather for the whole batch, differentiable, without waiting for a GPU.
     """
@@ -207,19 +214,24 @@ def crop_by_offsets(pixels, padding, top, left, flip=None):
 
 
 def augment(pixels, data):
-    """The data set's training transform: random crop and flip, drawn for each image.   (N, C, H, W) -> the same"""
+    """The data set's training transform: random crop and flip, drawn for each image.
+
+    (N, C, H, W) -> the same.
+    """
     if not data.crop and not data.flip:
         return pixels
     n, device = len(pixels), pixels.device
     top, left = torch.randint(0, 2 * data.crop + 1, (2, n), device=device)
-    return crop_by_offsets(pixels, data.crop, top, left, torch.rand(n, device=device) < 0.5 if data.flip else None)
+    flip = torch.rand(n, device=device) < 0.5 if data.flip else None
+    return crop_by_offsets(pixels, data.crop, top, left, flip)
 
 
 # ------------------------------------------------------------------------------------------------- 2. models
-# A model names `last_map`: the module whose *input* is its last feature map. It is a property, so that the module
-# is registered once.
+# A model names `last_map`: the module whose *input* is its last feature map. A property registers nothing.
 class CifarResNet(ResNet):
-    """torchvision's ResNet with a stem for small images: 3x3 stride 1, no max-pool. ResNet-18: 11,173,962 weights."""
+    """torchvision's ResNet with a stem for small images: 3x3 stride 1, no max-pool. ResNet-18: 11,173,962
+    weights.
+    """
     def __init__(self, block, layers, num_classes, channels):
         super().__init__(block, layers, num_classes=num_classes)
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
@@ -230,13 +242,17 @@ class CifarResNet(ResNet):
 
 
 class WideBlock(nn.Module):
-    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus shortcut. Where the width changes, both branches take the BN-ReLU output."""
+    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus shortcut. Where the width changes, both branches take the BN-ReLU
+    output.
+    """
     def __init__(self, width_in, width_out, stride):
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(width_in), nn.BatchNorm2d(width_out)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
-        self.shortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False) if width_in != width_out else None
+        self.shortcut = None
+        if width_in != width_out:
+            self.shortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False)
 
     def forward(self, x):
         out = F.relu(self.bn1(x), inplace=True)
@@ -251,7 +267,7 @@ class WideResNet(nn.Module):
         widths, blocks = (16, 16 * widen, 32 * widen, 64 * widen), (depth - 4) // 6
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.groups = nn.Sequential(*[                                       # (N, 64k, H/4, W/4)
-            WideBlock(widths[group if block == 0 else group + 1], widths[group + 1], 2 if group and not block else 1)
+            WideBlock(widths[group + bool(block)], widths[group + 1], 2 if group and not block else 1)
             for group in range(3) for block in range(blocks)])
         self.bn = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], num_classes)
@@ -268,7 +284,7 @@ class WideResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG with BN for small images: five blocks, max-pool before blocks 1, 2, 3, average pool, one linear layer."""
+    """VGG with BN for small images: max-pool before blocks 1, 2, 3 of five, average pool, linear layer."""
     def __init__(self, convolutions, num_classes, channels):
         super().__init__()
         layers, width_in = [], channels
@@ -292,7 +308,7 @@ class VGG(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 as the data-free papers use it: 61,706 weights, half width 15,738 (C = 1, K = 10; BN adds 44 and 22).
+    """LeNet-5 as the data-free papers use it: 61,706 weights, half width 15,738 (C = 1; BN adds 44 and 22).
 
     The padding depends on the image size, 32x32, 28x28 or 8x8, so that conv3 always ends in one pixel.
     """
@@ -343,7 +359,7 @@ class AlexNet(nn.Module):
         return self.fc(self.pool(self.features(x)).flatten(1))
 
 
-MODELS = {   # name: builder(num_classes, channels, size); WRN-d-k is built by name, any depth 6n + 4 and width
+MODELS = {  # name: builder(num_classes, channels, size); WRN-d-k is built by name, any depth 6n + 4 and width
     "resnet18": lambda k, c, s: CifarResNet(BasicBlock, [2, 2, 2, 2], k, c),
     "resnet34": lambda k, c, s: CifarResNet(BasicBlock, [3, 4, 6, 3], k, c),
     "resnet50": lambda k, c, s: CifarResNet(Bottleneck, [3, 4, 6, 3], k, c),
@@ -364,8 +380,8 @@ def check_model_name(name):
     wide = re.fullmatch(r"wrn([1-9]\d?\d?)_([1-9]\d?)", name)
     if name in MODELS or (wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4):
         return name
-    raise BadInput(f"unknown model '{name}'; choose from {', '.join(MODELS)}, wrnDEPTH_WIDTH (depth 6n + 4, as in "
-                   "wrn16_2), torchvision:NAME, or package.module:function for your own")
+    raise BadInput(f"unknown model '{name}'; choose from {', '.join(MODELS)}, wrnDEPTH_WIDTH (depth 6n + 4, "
+                   "as in wrn16_2), torchvision:NAME, or package.module:function for your own")
 
 
 def build_model(name, num_classes, image_shape):
@@ -387,7 +403,7 @@ def build_model(name, num_classes, image_shape):
 
 
 def foreign_model(name, num_classes, pretrained=False):
-    """'torchvision:NAME', with torchvision's weights if `pretrained`, or 'package.module:function', called bare."""
+    """'torchvision:NAME', with its weights if `pretrained`, or 'package.module:function'()."""
     module_name, _, function = name.partition(":")
     try:
         if module_name == "torchvision":
@@ -409,7 +425,7 @@ def foreign_model(name, num_classes, pretrained=False):
 # ------------------------------------------------------------------------------- 3. looking inside a network
 @contextlib.contextmanager
 def recorded_inputs(modules):
-    """`with recorded_inputs([layer]) as seen: model(images)`; then seen[layer] is the layer's latest first input.
+    """`with recorded_inputs([layer]) as seen: model(images)`; then seen[layer] is the layer's latest input.
 
     It comes in float32, with its graph. Works on any nn.Module. No hook survives the block.
     """
@@ -427,8 +443,8 @@ def recorded_inputs(modules):
 class Moments(torch.autograd.Function):
     """x (N, C, H, W) -> mean (C,), biased variance (C,), float32, with one backward pass for both.
 
-    d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n. On a CPU, torch.var_mean and its backward pass would
-    take a third of CSD's synthesis step.
+    d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n. On a CPU, torch.var_mean and its backward
+    pass would take a third of CSD's synthesis step.
     """
     @staticmethod
     def forward(ctx, x):
@@ -449,9 +465,10 @@ class Moments(torch.autograd.Function):
 
 @contextlib.contextmanager
 def recorded_statistics(modules):
-    """`with recorded_statistics(layers) as seen: model(images)`; then seen[BatchNorm layer] = (mean, variance).
+    """`with recorded_statistics(layers) as seen: model(images)`; then seen[layer] = (mean, variance).
 
-    Both (channels,), float32, of the layer's *input* over (N, H, W), with their graph. No hook survives the block.
+    Both (channels,), float32, of the layer's *input* over (N, H, W), with their graph. No hook survives
+    the block.
     """
     seen, handles = {}, []
     try:
@@ -465,7 +482,9 @@ def recorded_statistics(modules):
 
 
 def probe(model, modules, data):
-    """What a forward pass on blank images feeds to these modules: {module: input}, in the order in which they ran."""
+    """What a forward pass on blank images feeds to these modules: {module: input}, in the order in which they
+    ran.
+    """
     with torch.no_grad(), frozen(model), scoring(), recorded_inputs(modules) as seen:
         model(torch.zeros(2, *data.image_shape, device=next(model.parameters()).device))
     return seen
@@ -476,16 +495,17 @@ def batchnorms(model, data):
 
     Auxiliary classifiers do not run in eval mode: their layers are left out.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
+    layers = [layer for layer in model.modules()
+              if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
     used = probe(model, layers, data)
     return [layer for layer in layers if layer in used]
 
 
 def last_linear(model):
-    """The last nn.Linear of a model; its input is the feature vector (N, D). Raises BadInput if there is none."""
+    """The last nn.Linear of a model; its input is the feature vector (N, D). Raises BadInput without one."""
     found = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not found:
-        raise BadInput(f"{type(model).__name__} has no nn.Linear layer, so its feature vector cannot be found")
+        raise BadInput(f"{type(model).__name__} has no nn.Linear layer, whose input is the feature vector")
     return found[-1]
 
 
@@ -506,7 +526,10 @@ def frozen(*models):
 
 
 def in_bf16(network):
-    """Make the forward passes of a network run in bfloat16, but for scoring. Weights and outputs stay float32."""
+    """Forward passes in bfloat16, but for scoring. Weights and outputs stay float32.
+
+    -> the same network.
+    """
     plain = network.forward
 
     def forward(x):
@@ -528,7 +551,7 @@ _scoring = False
 
 @contextlib.contextmanager
 def scoring():
-    """Inside, networks run in float32 and no teacher query is counted: for scores and probes, not for training."""
+    """Inside, networks run in float32 and no teacher query is counted: for scores and probes."""
     global _scoring
     before, _scoring = _scoring, True
     try:
@@ -556,7 +579,7 @@ def agreement(logits, other_logits):
 
 
 def expected_calibration_error(logits, labels, bins=15):
-    """Mean |confidence - accuracy| over `bins` equal confidence bins, weighted by size (Guo et al. 2017). In [0, 1]."""
+    """Mean |confidence - accuracy| over equal confidence bins, weighted by size [Guo 2017]. In [0, 1]."""
     confidence, predicted = logits.softmax(1).max(1)
     correct = (predicted == labels).float()
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1             # (N,) bin (b/15, (b+1)/15]
@@ -565,14 +588,15 @@ def expected_calibration_error(logits, labels, bins=15):
 
 
 # -------------------------------------------------------------------------------------- 5. inside a long loop
-COSTS = collections.Counter()      # of the run in progress: seconds of each phase in this epoch, teacher queries in all
+COSTS = collections.Counter()      # of the run: seconds_<phase> in this epoch, teacher_queries in all
 
 
-def steps(total, name):
-    """`range(total)` with a progress bar. The loop's seconds go to the log as seconds_<name>."""
+def steps(total, name, order=None):
+    """`range(total)`, or the first `total` of an iterator, with a progress bar; its seconds go to the log."""
     began = time.perf_counter()
     try:
-        yield from tqdm(range(total), name, leave=False, disable=None)
+        yield from tqdm(range(total) if order is None else itertools.islice(order, total), name, total,
+                        leave=False, disable=None)
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -580,7 +604,7 @@ def steps(total, name):
 
 
 def batches(n, size, device="cpu"):
-    """Endless batches of indices below n: without replacement, reshuffled when used up; a pass's last may be short."""
+    """Endless batches of indices below n: passes without replacement, the last batch of each may be short."""
     while True:
         yield from torch.randperm(n, device=device).split(size)
 
@@ -630,7 +654,9 @@ def seeded(seed):
 
 
 def with_own_seed(function):
-    """Decorates a function that takes `settings`: it runs with torch seeded by settings.seed, then all is as before."""
+    """Decorates a function of `settings`: inside, torch is seeded with settings.seed; afterwards all is as
+    before.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -642,22 +668,23 @@ def with_own_seed(function):
 
 # ----------------------------------------------------------------------------------------------- 6. teachers
 CLASSIFIER_FORMAT = "distillation-classifier-1"
-# epochs, batch size. Networks with BN: SGD 0.1, momentum 0.9, weight decay 5e-4, cosine to 0. Users of the published
-# recipe (decay 1e-4, three steps) report CIFAR-10 teachers 1 to 3 points under the published ones. LeNet-5 without
-# BN: Adam 1e-3, cosine, no decay.
+# epochs, batch size. SGD 0.1, momentum 0.9, weight decay 5e-4, cosine to 0; LeNet-5 without BN: Adam 1e-3.
+# Users of
+# the published recipe (decay 1e-4, three steps) report CIFAR-10 teachers 1 to 3 points under the published
+# ones.
 RECIPES = {"digits": (40, 128), "mnist": (10, 256), "mnist28": (10, 256), "fashion_mnist": (20, 256),
            "fashion_mnist28": (20, 256), "svhn": (100, 128), "cifar10": (200, 128), "cifar100": (200, 128),
            "folder": (100, 128)}
 
 
-def write(content, path):
-    """torch.save under another name, then rename: after a kill `path` is the old file or the new one."""
+def write(content, path, save=torch.save):
+    """`save(content, file)` under another name, then rename: a kill leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -666,12 +693,12 @@ def write(content, path):
 
 
 def read_file(path, what):
-    """The dict in a file of torch.save. No code from it is run. Raises BadInput for damage and other content."""
+    """The dict in a file of torch.save. Runs no code from it. Raises BadInput for damage or other content."""
     try:
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:
-        raise BadInput(f"{path} is not a readable {what} ({type(error).__name__}): damaged, or not made by this "
-                       "project; move it away") from None
+        raise BadInput(f"{path} is not a readable {what} ({type(error).__name__}): damaged, or made by "
+                       "something else; move it away") from None
 
 
 def require_same(saved, wanted, path, advice):
@@ -682,13 +709,14 @@ def require_same(saved, wanted, path, advice):
                            f"{wanted.get(key)}; {advice}")
 
 
-def digest(tensors):
-    """A short text that changes when a value in a dict of tensors does, as a state_dict."""
-    found = hashlib.sha256()
-    for key, value in sorted(tensors.items()):
-        found.update(f"{key} {value}".encode() if not torch.is_tensor(value) else
-                     key.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+def digest(content):
+    """A short text that changes when a tensor does, in a state_dict or a tuple of tensors and state_dicts."""
+    if torch.is_tensor(content):
+        found = content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    else:
+        parts = content.items() if isinstance(content, dict) else enumerate(content)
+        found = "".join(f"{key} {digest(value)} " for key, value in parts).encode()
+    return hashlib.sha256(found).hexdigest()[:16]
 
 
 def is_file_name(name):
@@ -701,9 +729,9 @@ def teacher_path(dataset, arch):
 
 
 def recipe_of(arch, dataset, epochs=None, batch_size=None):
-    """How `arch` is trained on `dataset`: a dict that the teacher's file keeps and that is compared on reuse."""
+    """How `arch` is trained on `dataset`: a dict that is kept in the teacher's file and compared on reuse."""
     if dataset.partition(":")[0] not in RECIPES:
-        raise BadInput(f"no teacher is trained on {dataset} here; name a file, or type --teacher torchvision:resnet50")
+        raise BadInput(f"no teacher is trained on {dataset} here; name a file or torchvision:resnet50")
     usual_epochs, usual_batch = RECIPES[dataset.partition(":")[0]]
     plain = re.fullmatch("lenet5(_half)?", arch)
     return dict(epochs=epochs or usual_epochs, batch_size=batch_size or usual_batch,
@@ -712,70 +740,66 @@ def recipe_of(arch, dataset, epochs=None, batch_size=None):
 
 
 def train_teacher(arch, dataset, path, options, recipe):
-    """Train `arch` on the real training set, always with seed 0, into the file `path`; goes on after a kill."""
+    """Train `arch` on the real training set, always with seed 0, into `path`. Goes on after a kill."""
     test, _ = load_dataset(dataset, False, options.data_dir, options.device)
     train, data = load_dataset(dataset, True, options.data_dir, options.device)
+    epochs, size, lr = recipe["epochs"], recipe["batch_size"], recipe["lr"]
     with seeded(0):
-        model = build_model(arch, data.num_classes, data.image_shape)
-        model.to(options.device, memory_format=torch.channels_last)
-        if options.precision == "bf16":
-            in_bf16(model)
-        optimizer = torch.optim.Adam(model.parameters(), recipe["lr"]) if recipe["optimizer"] == "adam" else (
-            torch.optim.SGD(model.parameters(), recipe["lr"], momentum=0.9, weight_decay=recipe["weight_decay"]))
+        model = place(build_model(arch, data.num_classes, data.image_shape), options)
+        optimizer = (torch.optim.Adam(model.parameters(), lr) if recipe["optimizer"] == "adam" else
+                     torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=recipe["weight_decay"]))
         print(f"training teacher {arch} on {dataset}: {recipe} -> {path}", flush=True)
         checkpoint = Checkpoint(path.with_suffix(".partial.pt"), dict(
             arch=arch, dataset=dataset, threads=options.threads, precision=options.precision, **recipe))
-        start = checkpoint.resume(model=model, optimizer=optimizer)
-        for epoch in range(start, recipe["epochs"]):
-            set_lr(optimizer, cosine(recipe["lr"], epoch, recipe["epochs"]))
+        for epoch in range(checkpoint.resume(model=model, optimizer=optimizer), epochs):
+            set_lr(optimizer, cosine(lr, epoch, epochs))
+            means, order = Means(), batches(len(train.labels), size, options.device)
             model.train()
-            means, size = Means(), recipe["batch_size"]
-            order = batches(len(train.labels), size, options.device)
-            for _, batch in zip(steps(math.ceil(len(train.labels) / size), "training"), order):
+            for batch in steps(math.ceil(len(train.labels) / size), "training", order):
                 images = normalize(augment(train.pixels[batch] / train.scale, data), data)
                 loss = F.cross_entropy(model(images), train.labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 means.add(loss=loss)
-            checkpoint.save(epoch, [{"loss": means.take()["loss"]}])
-            if (epoch + 1) % max(1, recipe["epochs"] // 5) == 0:
-                print(f"teacher epoch {epoch + 1:4d}/{recipe['epochs']}   loss {checkpoint.rows[-1]['loss']:.4f}   "
-                      f"{checkpoint.seconds():.0f} s", flush=True)
-    test_acc = accuracy(predict(model, test, data), test.labels)
+            loss = means.take()["loss"]
+            checkpoint.save(epoch)
+            if (epoch + 1) % max(1, epochs // 5) == 0:
+                print(f"teacher epoch {epoch + 1:4d}/{epochs}   loss {loss:.4f}   {checkpoint.seconds():.0f} "
+                      "s", flush=True)
     if not path.exists():      # another process may have trained the same teacher meanwhile: never replace it
-        save_classifier(path, model, arch, data, dataset, recipe=recipe, seed=0, test_acc=test_acc,
-                        seconds=checkpoint.seconds(), device=device_name(options.device), precision=options.precision)
+        save_classifier(path, model, arch, data, dataset, recipe=recipe, seed=0, precision=options.precision,
+                        test_acc=accuracy(predict(model, test, data), test.labels),
+                        seconds=checkpoint.seconds(), device=device_name(options.device))
     checkpoint.path.unlink(missing_ok=True)
-    COSTS.clear()
 
 
 def save_classifier(path, model, arch, data, dataset, **more):
-    """One file with all that a data-free student may know: weights, architecture, DataSpec, recipe, accuracy."""
-    write(dict(format=CLASSIFIER_FORMAT, weights=model.state_dict(), arch=arch, data=data._asdict(), dataset=dataset,
-               versions=versions(), **more), path)
+    """One file with all that a data-free student may know: weights, architecture, DataSpec, accuracy."""
+    write(dict(format=CLASSIFIER_FORMAT, weights=model.state_dict(), arch=arch, data=data._asdict(),
+               dataset=dataset, versions=versions(), **more), path)
 
 
 def read_classifier(path):
-    """The content of a file of `save_classifier`. Raises BadInput if it is missing, damaged or something else."""
+    """The content of a file of `save_classifier`. Raises BadInput if it is missing, damaged or foreign."""
     if not Path(path).is_file():
-        raise BadInput(f"there is no teacher file {path}; give a file, a model name as in --teacher resnet34, or "
-                       "module:function")
+        raise BadInput(f"there is no teacher file {path}; give a file, a model name as in --teacher "
+                       "resnet34, or module:function")
     content = read_file(path, "teacher file")
     try:
         data = DataSpec(**content["data"])
         channels, height, width = data.image_shape
-        sane = (content["format"] == CLASSIFIER_FORMAT and isinstance(content["dataset"], str) and content["weights"]
-                and 2 <= data.num_classes <= 100_000 and 1 <= channels <= 16 and 1 <= height <= 1024
-                and 1 <= width <= 1024 and 0 <= data.crop <= height
+        sane = (content["format"] == CLASSIFIER_FORMAT and isinstance(content["dataset"], str)
+                and content["weights"] and 2 <= data.num_classes <= 100_000 and 1 <= channels <= 16
+                and 1 <= height <= 1024 and 1 <= width <= 1024 and 0 <= data.crop <= height
                 and len(data.mean) == len(data.std) == channels and min(data.std) > 0)
         if ":" not in content["arch"]:
             check_model_name(content["arch"])
     except (KeyError, TypeError, ValueError, AttributeError):
         sane = False
     if not sane:
-        raise BadInput(f"{path} is not a teacher file of this project; make one with: python common.py --model NAME "
-                       "--dataset NAME")
+        raise BadInput(f"{path} is not a teacher file of this project; make one with: python common.py "
+                       "--model NAME --dataset NAME")
     return content
 
 
@@ -783,55 +807,53 @@ def dataset_spec(options):
     """The DataSpec of the teacher's file, if --teacher names one, else of the data set."""
     if is_file_name(options.teacher):
         return DataSpec(**read_classifier(options.teacher)["data"])
-    return load_dataset(options.dataset, True)[1] if options.dataset.startswith("folder:") else DATASETS[options.dataset]
+    name = options.dataset
+    return load_dataset(name, True)[1] if name.startswith("folder:") else DATASETS[name]
+
+
+def place(network, options):
+    network.to(options.device, memory_format=torch.channels_last)
+    return in_bf16(network) if options.precision == "bf16" else network
 
 
 def load_networks(options, settings, data, needs=lambda teacher: None):
-    """The networks that --teacher and --student name, on their device, the teacher trained if need be.
+    """The networks that --teacher and --student name, on their device; the teacher is trained if need be.
 
     `needs(teacher)` may refuse the teacher's architecture before it is trained.   -> teacher, student
     """
-    def placed(network):
-        network.to(options.device, memory_format=torch.channels_last)
-        return in_bf16(network) if options.precision == "bf16" else network
     with seeded(settings.seed):
-        student = placed(build_model(options.student, data.num_classes, data.image_shape))
+        student = place(build_model(options.student, data.num_classes, data.image_shape), options)
     check_answers(student, f"student {options.student}", data, options.device)
-    wanted, file, path = options.teacher, {}, Path(options.teacher)
+    wanted, dataset, file, path = options.teacher, options.dataset, {}, Path(options.teacher)
     if is_file_name(wanted):
         file = read_classifier(path)
     elif ":" not in wanted:
-        path, recipe = teacher_path(options.dataset, wanted), recipe_of(wanted, options.dataset)
+        path, recipe = teacher_path(dataset, wanted), recipe_of(wanted, dataset)
         if not path.exists():
             with seeded(0):
                 needs(build_model(wanted, data.num_classes, data.image_shape))
-            train_teacher(wanted, options.dataset, path, options, recipe)
+            train_teacher(wanted, dataset, path, options, recipe)
         file = read_classifier(path)
-        if file["dataset"] != options.dataset:
-            raise BadInput(f"{path} was trained on {file['dataset']}, not on {options.dataset}; move it away, or name "
-                           "a file")
-        if file.get("recipe") != recipe:
-            raise BadInput(f"{path} was trained with {file.get('recipe')}, the recipe is {recipe}; to use that file as "
-                           f"it is, type --teacher {path}; to train by the recipe, move it away")
+        found = {key: file.get(key) for key in ("dataset", "recipe")}
+        require_same(found, dict(dataset=dataset, recipe=recipe), path,
+                     f"to use that file as it is, type --teacher {path}; to train anew, move it away")
     if file:
         teacher = build_model(file["arch"], data.num_classes, data.image_shape)
         try:
             teacher.load_state_dict(file["weights"])
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise BadInput(f"the weights in {path} do not fit {file['arch']}: {' '.join(str(error).split())[:160]}"
-                           ) from None
-        if options.dataset != "none":
-            asked = dataset_spec(argparse.Namespace(**{**vars(options), "teacher": ""}))
-            for what, here, there in (("classes", data.num_classes, asked.num_classes),
-                                      ("image shape", tuple(data.image_shape), asked.image_shape)):
-                if here != there:
-                    raise BadInput(f"teacher {wanted} is for {what} {here}, data set '{options.dataset}' has {there}; "
-                                   "name the data set that the teacher was trained on with --dataset")
+            raise BadInput(f"the weights in {path} do not fit {file['arch']}: {_short(error)}") from None
+        asked = dataset_spec(argparse.Namespace(teacher="", dataset=dataset)) if dataset != "none" else data
+        for what, here, there in (("classes", data.num_classes, asked.num_classes),
+                                  ("image shape", tuple(data.image_shape), asked.image_shape)):
+            if here != there:
+                raise BadInput(f"teacher {wanted} is for {what} {here}, data set '{dataset}' has {there}; "
+                               "name the data set that the teacher was trained on with --dataset")
     else:
         teacher = foreign_model(wanted, data.num_classes, pretrained=True)
+    check_answers(place(teacher, options), f"teacher {wanted}", data, options.device)
     needs(teacher)
-    check_answers(placed(teacher), f"teacher {wanted}", data, options.device)
-    options.teacher_name = path.stem if file else re.sub(r"\W+", "_", wanted)      # files made from it are named so
+    options.teacher_name = path.stem if file else re.sub(r"\W+", "_", wanted)     # for what is made from it
     options.teacher_arch, options.teacher_seconds = file.get("arch", wanted), file.get("seconds")
     return teacher.eval(), student
 
@@ -843,11 +865,14 @@ def check_answers(model, name, data, device):
             logits = model(torch.zeros(2, *data.image_shape, device=device))
         fits = logits.shape == (2, data.num_classes) and bool(logits.isfinite().all())
     except Exception as error:
-        raise BadInput(f"{name} does not take images of shape {data.image_shape} "
-                       f"({' '.join(str(error).split())[:160]})") from None
+        raise BadInput(f"{name} does not take images of shape {data.image_shape} ({_short(error)})") from None
     if not fits:
         raise BadInput(f"{name} does not answer images of shape {data.image_shape} with finite logits "
                        f"(N, {data.num_classes})")
+
+
+def _short(error):
+    return " ".join(str(error).split())[:160]
 
 
 # -------------------------------------------------------------------------------------------------- 7. a run
@@ -867,87 +892,95 @@ def _number(kind, above_0, below=math.inf):
     def convert(text):
         value = kind(text)
         if not math.isfinite(value) or value < 0 or (above_0 and value == 0) or value >= below:
-            raise argparse.ArgumentTypeError(f"must be {'above' if above_0 else 'at least'} 0 and under {below}, not "
-                                             f"{text}")
+            least = "above" if above_0 else "at least"
+            raise argparse.ArgumentTypeError(f"must be {least} 0 and under {below}, not {text}")
         return value
-    convert.__name__ = "whole number" if kind is int else "number"           # argparse: invalid number value: 'x'
+    convert.__name__ = "whole number" if kind is int else "number"       # argparse: invalid number value: 'x'
     return convert
 
 
 def _shared_flags(parser):
-    parser.add_argument("--data-dir", default="data", help="where the data sets are, or are downloaded to [data]")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
-    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], help="of forward passes [tf32 on CUDA, else fp32]")
-    parser.add_argument("--deterministic", action="store_true", help="bit-equal runs on CUDA too, slower")
-    parser.add_argument("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
+    add = parser.add_argument
+    add("--data-dir", default="data", help="where the data sets are, or are downloaded to [data]")
+    add("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
+    add("--precision", choices=["fp32", "tf32", "bf16"], help="of forward passes [tf32 on CUDA, else fp32]")
+    add("--deterministic", action="store_true", help="bit-equal runs on CUDA too, slower")
+    add("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
 
 
 def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda flags: "", **own):
-    """The command line: a preset's Settings, changed by flags.   -> options of the run, Settings of the method
+    """The command line: a preset's Settings, changed by flags.
 
-    Every field of Settings is a flag; its trailing comment is the help text. A whole number may be 0 where the comment
-    explains "0 = ", a rate or a temperature may not. `pairs`: {data set: (teacher, student)} where the method has its
-    own. `variant(flags)`: an ending that is tried with the data set's name. `own`: {name: help} of flags that are no hyperparameters, (help, type) if not a text. Raises BadInput.
+    -> options of the run, Settings of the method.
+    Every field of Settings is a flag, its trailing comment the help text. A whole number may be 0 where
+    the comment explains "0 = "; a rate or a temperature may not. `pairs`: {data set: (teacher, student)}
+    where the method has its own. `variant(flags)`: an ending of the data set's name, tried first as a
+    preset. `own`: {name: help} of flags that are no hyperparameters, (help, type) if not a text. Raises
+    BadInput.
     """
     parser = _Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [the set's pair]")
-    add("--student", help="model name, torchvision:NAME or module:function [the data set's pair]")
+    add("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [by set]")
+    add("--student", help="model name, torchvision:NAME or module:function [by data set]")
     add("--dataset", help=f"{dataset_names()} [cifar10]")
     add("--preset", help=f"{', '.join(presets)} [by data set and networks]")
     add("--out", help=f"run folder [the next free runs/{method}-DATASET-001]")
     add("--resume", action="store_true", help="go on with the run in --out; repeat its other flags")
     add("--eval-every", type=_number(int, True), default=1, help="epochs between scores [1]")
     _shared_flags(parser)
+    kinds = {str: dict(default=""), bool: dict(action="store_true"),
+             int: dict(type=_number(int, False), default=0)}
     for name, text in own.items():
         text, kind = text if isinstance(text, tuple) else (text, str)
-        add("--" + name.replace("_", "-"), help=text, **(dict(action="store_true") if kind is bool else dict(
-            default="") if kind is str else dict(type=_number(kind, False), default=0)))
-    said = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(Settings), re.M))     # comments of its fields
+        add("--" + name.replace("_", "-"), help=text, **kinds[kind])
+    said = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(Settings), re.M))    # fields' comments
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     for name, field in fields.items():
         values, text = {key: getattr(preset, name) for key, preset in presets.items()}, said.get(name, "")
-        shown = ", ".join(f"{key} {value}" for key, value in values.items()) if len(set(values.values())) > 1 else (
-            next(iter(values.values())))
+        shown = next(iter(values.values()))
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{key} {value}" for key, value in values.items())
         above_0 = "0 = " not in text if field.type is int else name.startswith("lr_") or name == "temperature"
         how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
                dict(choices=get_args(field.type)) if get_origin(field.type) is Literal else
                dict(type=str) if field.type is str else
-               dict(type=_number(int, False, 2 ** 32)) if name == "seed" else dict(type=_number(field.type, above_0)))
-        add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} [{shown}]".replace("%", "%%"), **how)
+               dict(type=_number(int, False, 2 ** 32) if name == "seed" else _number(field.type, above_0)))
+        text = f"{text} [{shown}]".replace("%", "%%")
+        add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
     flags = {name: given.pop(name) for name in fields if name in given}
     options = argparse.Namespace(method=method, **given)
 
-    of_preset = (options.preset or "").split("-")
-    file = read_classifier(options.teacher) if options.teacher and is_file_name(options.teacher) else {}
     if options.preset and options.preset not in presets:
         raise BadInput(f"{method} has no preset '{options.preset}'; choose from {', '.join(presets)}")
-    options.dataset = options.dataset or (of_preset[0] if of_preset[0] in DATASETS else file.get("dataset", "cifar10"))
-    if options.dataset not in (*DATASETS, "none") and not options.dataset.startswith("folder:"):
-        raise BadInput(f"unknown data set '{options.dataset}'; choose from {dataset_names()}")
-    if options.dataset == "none" and not file:
-        raise BadInput("--dataset none needs a --teacher file: without a data set only the file knows shape and "
-                       "normalisation")
-    numbers_of = file.get("dataset", options.dataset) if options.dataset == "none" else options.dataset
-    pair = of_preset[1:] if len(of_preset) == 3 else {**PAIRS, **(pairs or {})}.get(numbers_of, ("resnet34", "resnet18"))
+    of_preset = (options.preset or "").split("-")
+    file = read_classifier(options.teacher) if options.teacher and is_file_name(options.teacher) else {}
+    usual = of_preset[0] if of_preset[0] in DATASETS else file.get("dataset", "cifar10")
+    name = options.dataset = options.dataset or usual
+    if name not in (*DATASETS, "none") and not name.startswith("folder:"):
+        raise BadInput(f"unknown data set '{name}'; choose from {dataset_names()}")
+    if name == "none" and not file:
+        raise BadInput("--dataset none needs a --teacher file, which knows shape and normalisation")
+    name = file.get("dataset", name) if name == "none" else name
+    pair = {**PAIRS, **(pairs or {})}.get(name, ("resnet34", "resnet18"))
+    pair = of_preset[1:] if len(of_preset) == 3 else pair
     options.teacher, options.student = options.teacher or pair[0], options.student or pair[1]
-    for name in [options.student] if file else [options.teacher, options.student]:
-        if ":" not in name:
-            check_model_name(name)
+    for network in [options.student] if file else [options.teacher, options.student]:
+        if ":" not in network:
+            check_model_name(network)
     arch = file.get("arch", options.teacher)
-    wide = f"{numbers_of}-wrn" if arch[:3] == options.student[:3] == "wrn" else ""
-    tried = f"{numbers_of}-{arch}-{options.student}", wide, numbers_of + variant(flags), numbers_of
-    options.preset = options.preset or next((name for name in tried if name in presets), numbers_of)
-    if options.preset not in presets:
-        raise BadInput(f"{method} has no preset for data set '{numbers_of}'; take another's numbers with --preset: "
+    family = f"{name}-wrn" if arch[:3] == options.student[:3] == "wrn" else name
+    tried = f"{name}-{arch}-{options.student}", family, name + variant(flags), name
+    options.preset = options.preset or next((preset for preset in tried if preset in presets), None)
+    if not options.preset:
+        raise BadInput(f"{method} has no preset for data set '{name}'; take another's numbers with --preset: "
                        f"{', '.join(presets)}")
-    settings = dataclasses.replace(presets[options.preset], **flags)
-    options.changed = {name: value for name, value in flags.items()
-                       if value != getattr(presets[options.preset], name) and name != "seed"}
+    preset = presets[options.preset]
+    options.changed = {key: value for key, value in flags.items()
+                       if value != getattr(preset, key) and key != "seed"}
     set_up_device(options)
     _check_folder(options)
-    return options, settings
+    return options, dataclasses.replace(preset, **flags)
 
 
 def set_up_device(options):
@@ -956,8 +989,10 @@ def set_up_device(options):
     if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
         raise BadInput(f"unknown device '{wanted}'; choose cpu, cuda or cuda:N")
     if wanted != "cpu" and int(wanted.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise BadInput(f"there is no device '{wanted}' here ({torch.cuda.device_count()} CUDA devices); type --device cpu")
-    options.device, options.precision = torch.device(wanted), options.precision or ("fp32" if wanted == "cpu" else "tf32")
+        raise BadInput(f"there is no device '{wanted}' here ({torch.cuda.device_count()} CUDA devices); type "
+                       "--device cpu")
+    options.device = torch.device(wanted)
+    options.precision = options.precision or ("fp32" if wanted == "cpu" else "tf32")
     if wanted == "cpu" and options.precision == "tf32":
         raise BadInput("tf32 is for CUDA; leave it out on a CPU")
     if wanted != "cpu":
@@ -966,13 +1001,14 @@ def set_up_device(options):
         torch.set_num_threads(options.threads)
     options.threads = torch.get_num_threads()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
-    torch.backends.cudnn.benchmark = not options.deterministic      # shapes are static: let cuDNN compare its algorithms
+    torch.backends.cudnn.benchmark = not options.deterministic    # shapes are static: compare algorithms once
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(options.deterministic)
 
 
 def _check_folder(options):
+    """Raises BadInput if the run folder cannot be used; makes nothing."""
     out = options.out
     if options.resume and not out:
         raise BadInput("--resume needs --out FOLDER, the folder of the run to go on with")
@@ -980,7 +1016,7 @@ def _check_folder(options):
     if out and not options.resume and any(Path(out, name).exists() for name in files):
         raise BadInput(f"{out} holds a run already; name another folder, or go on with it by --resume")
     if out and Path(out, "log.jsonl").is_file() and '"event": "end"' in Path(out, "log.jsonl").read_text():
-        raise BadInput(f"the run in {out} is finished; its result is the last line of {Path(out, 'log.jsonl')}")
+        raise BadInput(f"the run in {out} is finished; its result is the last line of its log.jsonl")
     folder = Path(out or "runs").absolute()
     while not folder.exists():
         folder = folder.parent
@@ -1017,43 +1053,49 @@ class Checkpoint:
         self.rows, self.next, self.saved, self.began, self.before = [], 0, None, time.monotonic(), 0.0
 
     def load(self):
-        """Read the file, if there is one, and refuse it now if it does not fit."""
+        """Read the file, if there is one, and refuse it now if it does not fit.
+
+        -> its content, or None.
+        """
         if self.path.exists() and self.saved is None:
             saved = read_file(self.path, "checkpoint")
-            if not {"identity", "state", "epoch", "rows", "seconds", "rng", "cuda_rng", "costs"} <= set(saved):
-                raise BadInput(f"{self.path} is not a checkpoint of this project; start anew in another folder")
+            if not {"identity", "state", "epoch", "rows", "seconds", "rng", "cuda_rng", "costs"} <= {*saved}:
+                raise BadInput(f"{self.path} is not a checkpoint of this project; start anew elsewhere")
             require_same(saved["identity"], {**saved["identity"], **self.identity}, self.path,
                          "type the settings of then, or start anew elsewhere, or move it away")
             self.saved = saved
         return self.saved
 
     def resume(self, **state):
-        """Fill modules, optimizers and tensors in place with what was saved.   -> the first epoch still to do"""
+        """Fill modules, optimizers and tensors in place with what was saved.
+
+        -> the first epoch still to do.
+        """
         self.state, saved = state, self.load()
+        COSTS.clear()
         Checkpoint.latest = self
         if saved is None:
             return 0
-        require_same(saved["identity"], self.identity, self.path, "put things back as they were, or start anew elsewhere")
+        require_same(saved["identity"], self.identity, self.path, "put it back as it was, or start anew")
         if set(saved["state"]) != set(state):
-            raise BadInput(f"{self.path} holds the state of another version of this program; start anew elsewhere")
+            raise BadInput(f"{self.path} holds the state of another version of this program; start anew")
         for name, value in state.items():
             if torch.is_tensor(value):
-                value.data.copy_(saved["state"][name])
+                value.copy_(saved["state"][name])
             else:
                 value.load_state_dict(saved["state"][name])
         torch.set_rng_state(saved["rng"])
         if torch.cuda.is_initialized() and len(saved["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        COSTS.clear()
         COSTS.update(saved["costs"])
         self.rows[:], self.before, self.saved = saved["rows"], saved["seconds"], None
         self.began, self.next = time.monotonic(), saved["epoch"] + 1
         return self.next
 
-    def save(self, epoch, rows=()):
-        """Keep the state after `epoch`, which added `rows` to the log."""
-        self.rows += rows
-        state = {name: value if torch.is_tensor(value) else value.state_dict() for name, value in self.state.items()}
+    def save(self, epoch):
+        """Keep the state as it is at the end of `epoch`."""
+        state = {name: value if torch.is_tensor(value) else value.state_dict()
+                 for name, value in self.state.items()}
         write(dict(identity=self.identity, state=state, epoch=epoch, rows=self.rows, seconds=self.seconds(),
                    rng=torch.get_rng_state(), costs=dict(COSTS),
                    cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []), self.path)
@@ -1065,7 +1107,7 @@ class Checkpoint:
 
 
 class Stage(Checkpoint):
-    """What is made once for all students of a teacher, as CSD's bank: the same two calls as a run."""
+    """What is made once for all students of a teacher, as CSD's bank. It has the same two calls as a run."""
     def __init__(self, path, identity, event, run):
         super().__init__(path, identity)
         self.event, self.run = event, run
@@ -1078,16 +1120,16 @@ class Stage(Checkpoint):
 
     def log(self, number, means, pixels=None, labels=None):
         """A round is over: write a row and a line, and keep the state."""
-        rows = describe(self.event, "round", number, means, pixels, labels, self.run.data.num_classes)
-        for row in rows:
+        for row in describe(self.event, "round", number, means, pixels, labels, self.run.data.num_classes):
+            self.rows.append(row)
             self.run.write(row)
-        self.save(number, rows)
+        self.save(number)
 
 
 def describe(event, counter, number, means, pixels, labels, num_classes):
-    """The rows of a round or an epoch: a warning if its images, pixels in [0, 1], collapsed, then its means.
+    """The rows of a round or an epoch: its means, after a warning if its images (pixels in [0, 1]) collapsed.
 
-    Three signs: the images hardly differ (2 or 3 of 255 grey levels); all of them are in one class; the entropy of
+    Three signs: they hardly differ (2 or 3 of 255 grey levels); all are in one class; the entropy of
     their classes is under half of what it can be.
     """
     row, found = {"event": event, counter: number, **means}, []
@@ -1096,16 +1138,15 @@ def describe(event, counter, number, means, pixels, labels, num_classes):
         if row["pixel_std"] < 0.01:
             found.append("its images hardly differ")
     if labels is not None:
-        counts = torch.bincount(labels, minlength=num_classes).double()
-        row["class_counts"] = counts.int().tolist() if num_classes <= 100 else None
-        share = counts / counts.sum()
-        evenness = -torch.xlogy(share, share).sum().item() / math.log(max(2, min(num_classes, len(labels))))
-        if counts.max() == counts.sum():
-            found.append(f"all its images are in class {counts.argmax().item()}")
-        elif evenness < 0.5:
-            found.append(f"the entropy of its classes is {evenness:.2f} of the largest")
-    row.update({key: round(COSTS.pop(key), 3) for key in list(COSTS) if key.startswith("seconds_")},
-               teacher_queries=COSTS["teacher_queries"])
+        counts = torch.bincount(labels, minlength=num_classes)
+        share = counts.double() / counts.sum()
+        entropy = -torch.xlogy(share, share).sum().item() / math.log(max(2, min(num_classes, len(labels))))
+        row["class_counts"] = counts.tolist() if num_classes <= 100 else None
+        if entropy < 0.5:
+            found.append(f"all its images are in class {counts.argmax()}" if counts.max() == len(labels) else
+                         f"the entropy of its classes is {entropy:.2f} of the largest")
+    seconds = {key: round(COSTS.pop(key), 3) for key in list(COSTS) if key.startswith("seconds_")}
+    row.update(seconds, teacher_queries=COSTS["teacher_queries"])
     warning = {"event": "collapse", counter: number, "text": f"{counter} {number}: {', '.join(found)}"}
     return [warning, row] if found else [row]
 
@@ -1113,14 +1154,14 @@ def describe(event, counter, number, means, pixels, labels, num_classes):
 class Run(Checkpoint):
     """The run folder: log.jsonl, samples.png, checkpoint.pt, student.pt. Only the run sees the test set.
 
-    `distill` calls `resume` once and `log` at the end of each epoch; main() may call `cached`, `note` and `finish`.
-    The folder is made with the first row, when everything that can be refused was accepted.
+    `distill` calls `resume` once and `log` at the end of each epoch; main() may call `cached`, `note` and
+    `finish`. The folder is made with the first row, when everything that can be refused was accepted.
     """
     def __init__(self, options, settings, teacher, student, data, scored=True):
         self.options, self.settings, self.student, self.data = options, settings, student, data
-        self.folder, self.columns, self.epochs = None, None, settings.epochs
-        scored = scored and options.dataset not in ("none", "imagenet")
-        self.test = load_dataset(options.dataset, False, options.data_dir, options.device)[0] if scored else None
+        self.folder, self.columns, self.test = None, None, None
+        if scored and options.dataset not in ("none", "imagenet"):
+            self.test, _ = load_dataset(options.dataset, False, options.data_dir, options.device)
         self.score_teacher(teacher)
         teacher.register_forward_pre_hook(      # counts the images that the teacher is asked about
             lambda module, inputs: COSTS.update(teacher_queries=0 if _scoring else len(inputs[0])))
@@ -1138,96 +1179,97 @@ class Run(Checkpoint):
     def _begin(self):
         """Make the folder; print and log what holds."""
         options = self.options
+        hidden = "method", "changed", "resume", "teacher_name", "teacher_arch", "teacher_seconds"
         self.folder = _make_folder(options)
         self.path = self.folder / "checkpoint.pt"
-        arguments = {key: str(value) if key == "device" else value for key, value in vars(options).items()
-                     if key not in ("method", "changed", "resume", "teacher_name", "teacher_arch", "teacher_seconds")}
+        arguments = {key: value for key, value in vars(options).items() if key not in hidden}
+        arguments.update(dataclasses.asdict(self.settings), device=str(options.device))
         self.first = dict(
-            event="start", method=options.method, arguments={**arguments, **dataclasses.asdict(self.settings)},
-            changed=options.changed, versions=versions(), device=device_name(options.device),
-            teacher_sha256=self.identity["teacher"], teacher_acc=self.teacher_acc,
-            teacher_seconds=options.teacher_seconds)
-        print(textwrap.fill(" ".join(f"{key}={value}" for key, value in sorted(self.first["arguments"].items())
-                                     if value not in ("", None)),
-                            110, initial_indent=f"{options.method}: ", subsequent_indent="    "))
-        print(f"teacher {options.teacher}: test accuracy {_shown(self.teacher_acc)}; student {options.student}; "
-              f"{self.first['device']}; {self.folder}", flush=True)
-        for leftover in self.folder.glob(".*.tmp"):                # of a session that was killed while it wrote
+            event="start", method=options.method, arguments=arguments, changed=options.changed,
+            versions=versions(), device=device_name(options.device), teacher_sha256=self.identity["teacher"],
+            teacher_acc=self.teacher_acc, teacher_seconds=options.teacher_seconds)
+        shown = " ".join(f"{key}={arguments[key]}" for key in sorted(arguments)
+                         if arguments[key] not in ("", None))
+        print(textwrap.fill(shown, 110, initial_indent=f"{options.method}: ", subsequent_indent="    "))
+        print(f"teacher {options.teacher}: test accuracy {_shown(self.teacher_acc)}; student "
+              f"{options.student}; {self.first['device']}; {self.folder}", flush=True)
+        for leftover in self.folder.glob(".*.tmp"):              # of a session that was killed while it wrote
             leftover.unlink()
         if not self.waiting:
-            (self.folder / "log.jsonl").unlink(missing_ok=True)    # of a session that was killed before it saved
+            (self.folder / "log.jsonl").unlink(missing_ok=True)    # of one that was killed before it saved
             self.write(self.first)
 
     def write(self, row):
         """Add a row to the log and a line to the screen."""
         if self.folder is None:
             self._begin()
-        if not self.waiting:                                       # else the checkpoint has this row
-            self.rows.append(row)
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            if "text" in row:
-                print(f"{row['event']}: {row['text']}", flush=True)
-            elif row["event"] not in ("start", "end", "resume"):
-                self._print(row)
+        if self.waiting:                                           # the checkpoint has this row
+            return
+        self.rows.append(row)
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if "text" in row:
+            print(f"{row['event']}: {row['text']}", flush=True)
+        elif row["event"] not in ("start", "end", "resume"):
+            self._print(row)
 
     def note(self, text, event="note", **more):
         self.write(dict(event=event, text=text, **more))
 
-    def cached(self, event, path, made_with, make):
-        """What `make(stage)` returned, a dict of tensors, when it was called once; kept in `path` for other students.
+    def cached(self, event, path, shaped_by, make, **more):
+        """What `make(stage)` returned, tensors, when it was called once; kept in `path` for other students.
 
-        `made_with`: a dict of the settings that shape it; a file made with others is refused by name. Its rows,
-        seconds and teacher queries count as this run's.
+        `shaped_by`: the settings that shape it; a file made with others is refused by name. `more`: what
+        else it must have been made with. Its rows, seconds and teacher queries count as this run's.
         """
         path = Path(path)
         made_with = dict(format=f"{self.options.method}-{event}-3", teacher=self.identity["teacher"],
-                         **self.data._asdict(), precision=self.options.precision, **made_with)
-        stage = Stage(path.with_suffix(".partial.pt"), {**made_with, "threads": self.options.threads}, event, self)
-        advice = f"name another file with --{event}, or move this one away"
+                         precision=self.options.precision, **self.data._asdict(), **more,
+                         **{name: getattr(self.settings, name) for name in shaped_by})
+        partial, threads = path.with_suffix(".partial.pt"), self.options.threads
+        stage = Stage(partial, {**made_with, "threads": threads}, event, self)
         if path.exists():
             kept = read_file(path, event)
-            require_same(kept.get("made_with", {}), made_with, path, advice)
+            require_same(kept.get("made_with", {}), made_with, path,
+                         f"name another file with --{event}, or move this one away")
             self.note(f"{event} from {path}")
             for row in kept["rows"]:
                 self.write(row)
-            self.before += sum(value for row in kept["rows"] for key, value in row.items() if key.startswith("seconds_"))
+                self.before += sum(value for key, value in row.items() if key.startswith("seconds_"))
         else:
             stage.load()                                           # refuses a half-made one of other settings
             self.note(f"{event} -> {path}")
-            result = make(stage)
-            kept = dict(made_with=made_with, rows=stage.rows, teacher_queries=COSTS["teacher_queries"], result=result)
+            kept = dict(made_with=made_with, result=make(stage), rows=stage.rows)
+            kept["queries"] = COSTS["teacher_queries"]
             if not path.exists():                                  # else another process was faster
                 write(kept, path)
         stage.path.unlink(missing_ok=True)
         COSTS.clear()
-        COSTS["teacher_queries"] = kept["teacher_queries"]
+        COSTS["teacher_queries"] = kept["queries"]
         self.identity[event] = digest(kept["result"])
-        return {name: value.to(self.options.device) if torch.is_tensor(value) else value
-                for name, value in kept["result"].items()}
+        return kept["result"]
 
     def resume(self, **state):
         """Fill the state from the checkpoint of --resume.   -> the first epoch that is still to do"""
         if self.folder is None:
             self._begin()
-        if not self.waiting:                                       # a new run: there is no checkpoint to look for
+        if not self.waiting:                                   # a new run: there is no checkpoint to look for
             self.state, Checkpoint.latest = state, self
             return 0
         start, self.waiting = super().resume(**state), False
-        temporary = self.folder / ".log.jsonl.tmp"                 # the log becomes what it was at the checkpoint
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(temporary, self.folder / "log.jsonl")
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)     # the log as it was at the checkpoint
+        write(text, self.folder / "log.jsonl", save=lambda text, file: file.write(text.encode()))
         self.write({**self.first, "event": "resume"})
         return start
 
     def log(self, epoch, means, pixels=None, labels=None):
         """An epoch is over: score the student, write a row and a line, draw the images, keep the state."""
         *warnings, row = describe("epoch", "epoch", epoch, means, pixels, labels, self.data.num_classes)
-        if self.test and (epoch == self.epochs - 1 or (epoch + 1) % self.options.eval_every == 0):
+        row.update(student_acc=None, agreement=None)
+        if self.test and (epoch == self.settings.epochs - 1 or (epoch + 1) % self.options.eval_every == 0):
             logits = predict(self.student, self.test, self.data)
-            row.update(student_acc=accuracy(logits, self.test.labels), agreement=agreement(logits, self.teacher_logits))
-        else:
-            row.update(student_acc=None, agreement=None)
+            row["student_acc"] = accuracy(logits, self.test.labels)
+            row["agreement"] = agreement(logits, self.teacher_logits)
         for each in (*warnings, row):
             self.write(each)
         if pixels is not None:
@@ -1235,9 +1277,9 @@ class Run(Checkpoint):
         self.save(epoch)
 
     def _print(self, row):
-        """One aligned line; names again whenever they change. Lists, counters and terms that are 0 stay in the log."""
-        shown = {key.removeprefix("loss_"): value for key, value in row.items() if not isinstance(value, (list, str))
-                 and not key.startswith("seconds_") and key != "teacher_queries"}
+        """One aligned line; names when they change. Lists, counters and terms that are 0 are left out."""
+        shown = {key.removeprefix("loss_"): value for key, value in row.items() if key != "teacher_queries"
+                 and not key.startswith("seconds_") and not isinstance(value, (list, str))}
         shown["seconds"] = round(sum(value for key, value in row.items() if key.startswith("seconds_")), 1)
         if not self.columns or shown.keys() != self.columns[0]:
             self.columns = shown.keys(), [key for key in shown if shown[key] != 0 or f"loss_{key}" not in row]
@@ -1247,8 +1289,8 @@ class Run(Checkpoint):
     def finish(self, result=None):
         """Write student.pt and the end row, and print the result of the last epoch.
 
-        In this order: a run that is killed in between ends the same when it is resumed. `result`: a line for the
-        screen, of a run that trained no student.
+        In this order: a run that is killed in between ends the same when it is resumed. `result`: a line
+        for the screen, of a run that trained no student.
         """
         cost = dict(seconds=round(self.seconds(), 1), peak_memory_mb=peak_memory_mb(self.options.device),
                     teacher_queries=COSTS["teacher_queries"])
@@ -1258,31 +1300,29 @@ class Run(Checkpoint):
             return
         epochs = [row for row in self.rows if row["event"] == "epoch"]
         scores = [row["student_acc"] for row in epochs if row["student_acc"] is not None]
-        logits = predict(self.student, self.test, self.data) if self.test else None
-        row = dict(event="end", teacher_acc=self.teacher_acc, student_acc_last=epochs[-1]["student_acc"],
-                   student_acc_best=max(scores, default=None), agreement=epochs[-1]["agreement"],
-                   ece=expected_calibration_error(logits, self.test.labels) if self.test else None, **cost)
+        last, best, ece = epochs[-1]["student_acc"], max(scores, default=None), None
+        if self.test:
+            ece = expected_calibration_error(predict(self.student, self.test, self.data), self.test.labels)
+        row = dict(event="end", teacher_acc=self.teacher_acc, student_acc_last=last, student_acc_best=best,
+                   agreement=epochs[-1]["agreement"], ece=ece, **cost)
         save_classifier(self.folder / "student.pt", self.student, self.options.student, self.data,
-                        self.options.dataset, test_acc=row["student_acc_last"], method=self.options.method,
+                        self.options.dataset, test_acc=last, method=self.options.method,
                         teacher_sha256=self.identity["teacher"])
         self.write(row)
-        print(f"last epoch: student {_shown(row['student_acc_last'])}, teacher {_shown(self.teacher_acc)}, agreement "
-              f"{_shown(row['agreement'])}, calibration error {_shown(row['ece'])}, {row['seconds']:.0f} s   [best "
-              f"epoch, chosen on the test set: {_shown(row['student_acc_best'])}]   {self.folder}", flush=True)
+        print(f"last epoch: student {_shown(last)}, teacher {_shown(self.teacher_acc)}, agreement "
+              f"{_shown(row['agreement'])}, calibration error {_shown(ece)}, {row['seconds']:.0f} s   [best "
+              f"epoch, chosen on the test set: {_shown(best)}]   {self.folder}", flush=True)
 
 
 def _make_folder(options):
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
         return Path(options.out)
-    number = 1
-    while True:        # mkdir, not exists: two runs started together must not get one folder
-        try:
-            folder = Path("runs", f"{options.method}-{options.dataset.partition(':')[0]}-{number:03d}")
+    for number in itertools.count(1):   # mkdir, not exists: two runs started together must not get one folder
+        folder = Path("runs", f"{options.method}-{options.dataset.partition(':')[0]}-{number:03d}")
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            number += 1
 
 
 def _shown(value):
@@ -1300,11 +1340,12 @@ def peak_memory_mb(device):
         import resource
     except ImportError:        # Windows
         return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def save_samples(path, pixels, labels, num_classes, each=8, most=20):
-    """The last `each` of pixels (N, C, H, W) in [0, 1] of the first `most` classes that are there, a PNG row a class."""
+    """The last `each` of pixels (N, C, H, W) in [0, 1] of each class, a PNG row a class, at most `most`."""
     from PIL import Image, ImageDraw
     pixels, labels = (255 * pixels.clamp(0, 1)).to(torch.uint8).cpu(), labels.cpu()
     classes = list(range(num_classes)) if num_classes <= most else labels.unique().tolist()[:most]
@@ -1312,17 +1353,15 @@ def save_samples(path, pixels, labels, num_classes, each=8, most=20):
     for row, label in enumerate(classes):
         found = pixels[labels == label][-each:]
         sheet[row, :len(found)] = found
-    height = pixels.shape[2]
-    scale = max(1, 40 // height)                                             # small images enlarged, not smoothed
+    scale = max(1, 40 // pixels.shape[2])                                # small images enlarged, not smoothed
     sheet = sheet.repeat_interleave(scale, -1).repeat_interleave(scale, -2).expand(-1, -1, 3, -1, -1)
-    grid = torchvision.utils.make_grid(sheet.flatten(0, 1), nrow=each, padding=2, pad_value=255)      # (3, rows, columns)
+    grid = torchvision.utils.make_grid(sheet.flatten(0, 1), nrow=each, padding=2, pad_value=255)   # (3, h, w)
     picture = Image.new("RGB", (grid.shape[2] + 24, grid.shape[1]), "white")
     picture.paste(Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()), (24, 0))
     for row, label in enumerate(classes):
-        ImageDraw.Draw(picture).text((4, row * (height * scale + 2) + height * scale // 2 - 4), str(label), fill="black")
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+        place = 4, row * (sheet.shape[3] + 2) + sheet.shape[3] // 2 - 4
+        ImageDraw.Draw(picture).text(place, str(label), fill="black")
+    write(picture, path, save=lambda picture, file: picture.save(file, format="PNG"))
 
 
 def command_line(main):
@@ -1337,8 +1376,8 @@ def command_line(main):
             raise SystemExit(2) from None
         except FloatingPointError as error:
             last = Checkpoint.latest
-            print(f"stopped: {error}" + (f" in epoch {last.next}; its last checkpoint: {last.path}" if last else ""),
-                  file=sys.stderr)
+            where = f" in epoch {last.next}; its last checkpoint: {last.path}" if last else ""
+            print(f"stopped: {error}{where}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             last = Checkpoint.latest
@@ -1355,7 +1394,7 @@ def main(argv=None):
                      description="Train a teacher on the real data and keep it in one file.")
     parser.add_argument("--model", required=True, help="model name")
     parser.add_argument("--dataset", default="cifar10", help=f"{dataset_names()} [cifar10]")
-    parser.add_argument("--epochs", type=_number(int, True), help="passes over the training set [by data set]")
+    parser.add_argument("--epochs", type=_number(int, True), help="passes over the set [by data set]")
     parser.add_argument("--batch-size", type=_number(int, True), help="[by data set]")
     parser.add_argument("--out", help="file [checkpoints/DATASET_MODEL.pt, where the methods look for it]")
     _shared_flags(parser)

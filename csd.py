@@ -1,51 +1,55 @@
 """CSD: Customizing Synthetic Data for Data-Free Student Learning.   Shiya Luo, Defang Chen, Can Wang.
 ICME 2023, arXiv 2307.04542. Authors' code: github.com/luoshiya/CSD, commit 6acf251 (2023-07-06).
 
-The idea. A generator is fitted from scratch, again and again, each time to make one batch of images that a frozen
-teacher puts into the classes we ask for and whose BatchNorm statistics are those of real data. To make images that are
-*hard for this student*, a small auxiliary head on the student's features learns to name class and rotation of each
-rotated image, and the generator is rewarded for every mistake of that head. The best batch of each round joins a bank
-that only grows. The student learns from the bank; the head is fitted anew on it in every round.
+The idea. A generator is fitted from scratch, again and again, each time to make one batch of images that
+a frozen teacher puts into the classes we ask for and whose BatchNorm statistics are those of real data.
+To make images that are *hard for this student*, a small auxiliary head on the student's features learns
+to name class and rotation of each rotated image, and the generator is rewarded for every mistake of that
+head. The best batch of each round joins a bank that only grows. Student and head learn from the bank.
 
-     z, G ──► pixels ──► A: crop, flip, normalise ──► images u ─┬──► teacher ──► CE(targets y), BN statistics ──┐
-     ▲                                                          └──► 4 rotations ──► student ──► head ──► -CE ──┤
-     └────────── gradient, through frozen teacher, student and head, into G and z only ◄────────────────────────┘
-     best batch ──► bank (uint8) ──► A ──► images u ─┬──► teacher ══► logits, last map       (══► no gradient)
-                                                     ├──► student ──► KL + CE + MSE ──► student, regressor
-                                                     └──► 4 rotations ──► student ══► features ──► head ──► CE ──► head
+     z, G ──► pixels ──► A: crop, flip, normalise ──► images u ─┬──► teacher ──► CE(y), BN statistics ──────┐
+     ▲                                                          └──► 4 rotations ──► student ──► head ─► -CE ┤
+     └────────── gradient, through frozen teacher, student and head, into G and z only ◄────────────────────┘
+     best batch ──► bank ──► A ──► images u ─┬──► teacher ══► logits, last map          (══► no gradient)
+                                             ├──► student ──► KL + CE + MSE ──► student, regressor
+                                             └──► 4 rotations ──► student ══► features ──► head ─► CE ──► head
 
 Run     python csd.py --dataset digits      RESULTS
-        python csd.py --teacher resnet34 --student resnet18      CIFAR-10, the authors' numbers: for a GPU, not run
-Copy    kd_loss, feature_loss, one_hot_loss, bn_loss, csd_loss, adversarial_loss, auxiliary_loss, rotations,
-        rotation_labels, Generator, AuxiliaryHead, Regressor, synthesize, synthesize_bank, distill
-Letters T teacher, S student, G generator, A augmentation, u = A(pixels) · y class asked for, k quarter turns, τ
-        temperature · N batch, K classes, C H W image, L latent, D student features, M images in the bank; the last
-        maps are (N, C_s, h, w) of the student and (N, C_t, h', w') of the teacher.
-Words   Stage 1 fills the bank from the teacher alone, a batch a round. Stage 2 repeats epochs: one more batch, made
-        against the student, then --student-steps steps of student and head on the whole bank.
-Sources [abstract] the paper's · [code] the authors' code · [inferred] a reconstruction, where no source speaks. The
-        paper's method section and tables were not at hand: no equation number, no accuracy of the paper stands here.
+        python csd.py --teacher resnet34 --student resnet18     CIFAR-10, the authors' numbers: not run
+Copy    kd_loss, feature_loss, one_hot_loss, bn_loss, csd_loss, adversarial_loss, auxiliary_loss,
+        rotations, rotation_labels, Generator, AuxiliaryHead, Regressor, synthesize, synthesize_bank,
+        distill
+Letters T teacher, S student, G generator, A augmentation, u = A(pixels) · y class asked for, k quarter
+        turns, τ temperature · N batch, K classes, C H W image, L latent, D student features, M images in
+        the bank; the last maps are (N, C_s, h, w) of the student and (N, C_t, h', w') of the teacher.
+Words   Stage 1 fills the bank from the teacher alone, a batch a round. Stage 2 repeats epochs: one more
+        batch, made against the student, then --student-steps steps of student and head on the whole bank.
+Sources [abstract] the paper's · [code] the authors' code · [inferred] a reconstruction. The paper's
+        method section and tables were not at hand: no equation number and no accuracy of the paper stands
+        here.
 
 Where paper, authors' code and this file differ
- 1. README and abstract speak of an auxiliary task alone. The code also L2-normalises the head's logits, without a
-    temperature, which bounds its CE (K = 10: 2.719 to 4.686; chance ln 40 = 3.689), so that -10 CE cannot diverge.
-    Followed; with --raw-head the loss is unbounded below and the weight 10 no longer comparable.
- 2. The head's weights are drawn anew each epoch, its SGD momentum is kept [code]. --fresh-head-optimizer clears it.
- 3. The head that measures difficulty in an epoch was fitted in the one before; in the first it is untrained [code].
- 4. The regression weight 30 is a default deep in the authors' parser, not in their script or README. Kept: --feature.
- 5. Labels in the bank are the classes asked for, also where the teacher disagrees [code]. Followed; the log's
+ 1. The code also L2-normalises the head's logits, without a temperature, which bounds its CE (K = 10:
+    2.719 to 4.686; chance ln 40 = 3.689). Followed; with --raw-head -10 CE is unbounded, the weight no
+    longer comparable.
+ 2. The head's weights are drawn anew each epoch, its SGD momentum is kept [code]. --fresh-head-optimizer.
+ 3. The head that measures difficulty was fitted in the epoch before; in the first it is untrained [code].
+ 4. The regression weight 30 is a default deep in the authors' parser, not in script or README. Kept:
+    --feature.
+ 5. Labels in the bank are the classes asked for, also where the teacher disagrees [code]. The log's
     `target_acc` is the fraction of the student's batches on which it agrees.
- 6. The bank stores floor(255 x) [code, via PNG files]: the same values here, in one tensor, without files that a second
-    run could mix up. Stage 1's bank is kept by seed and reused by every student of the same teacher.
- 7. Authors: seed 1, the best epoch on the test set, and a score of the head on the rotated test set each epoch. Here:
-    seed 0 unless told, the last epoch (the best is printed in brackets), no such score.
- 8. The authors take the KL-adversarial term only where the CSD weight is 0. Here --adversarial adds to any --csd. With
-    --csd 0 the head is not trained: nothing reads it.
- 9. Frozen networks get no weight gradients, BN statistics are taken in synthesis only, nothing waits for `.item()`: the
-    same mathematics up to rounding, in less time (benchmarks/throughput.py). On CUDA the default is TF32 with
-    cudnn.benchmark; the authors run fp32 with cudnn.deterministic (--precision fp32 --deterministic).
-10. Teachers: the authors' take SGD, batch 256, decay 1e-4, three steps, best epoch on the test set; here batch 128,
-    decay 5e-4, cosine, last epoch (common.py).
+ 6. The bank stores floor(255 x) [code, via PNG files]: the same values here, in one tensor, without files
+    that two runs could mix up. Stage 1's bank is kept by seed and reused by every student of the same
+    teacher.
+ 7. Authors: seed 1, the best epoch on the test set, a score of the head on the rotated test set each
+    epoch. Here: seed 0 unless told, the last epoch (the best is printed in brackets), no such score.
+ 8. The authors take the KL-adversarial term only where the CSD weight is 0. Here --adversarial adds to
+    any --csd. With --csd 0 the head is not trained: nothing reads it.
+ 9. Frozen networks get no weight gradients, BN statistics are taken in synthesis only: the same
+    mathematics up to rounding, in less time. On CUDA the default is TF32 with cudnn.benchmark; the
+    authors run fp32 with cudnn.deterministic (--precision fp32 --deterministic).
+10. Teachers: the authors' take SGD, batch 256, decay 1e-4, three steps, best epoch on the test set; here
+    batch 128, decay 5e-4, cosine, last epoch (common.py).
 """
 import math
 from dataclasses import dataclass, replace
@@ -55,8 +59,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (BadInput, Means, Run, augment, batches, batchnorms, command_line, cosine, dataset_spec, frozen,
-                    last_linear, load_networks, normalize, parse, place_like, probe, recorded_inputs,
+from common import (BadInput, Means, Run, augment, batches, batchnorms, command_line, cosine, dataset_spec,
+                    frozen, last_linear, load_networks, normalize, parse, place_like, probe, recorded_inputs,
                     recorded_statistics, set_lr, steps, with_own_seed)
 
 
@@ -99,17 +103,18 @@ PRESETS = {
     "svhn": CIFAR10,                             # [inferred]; the data set's DataSpec has no crop and no flip
     # [inferred] for a first look: 1/50 of the authors' stage 1 and 1/100 of their student steps
     "cifar10-short": replace(CIFAR10, bank_rounds=20, bank_synthesis_steps=200, epochs=10, student_steps=200),
-    # [inferred], a dozen settings tried by test accuracy on seeds 0, 1. With bn 1, BN outweighs the classes so early
-    "digits": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=6, bank_synthesis_steps=60, synthesis_steps=50,
-                      bn=0.3, lr_generator=3e-3, epochs=5, student_steps=180, batch_size=64),
+    # [inferred], among a dozen by test accuracy on seeds 0, 1; with bn 1, BN outweighs the classes so early
+    "digits": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=6, bank_synthesis_steps=60, bn=0.3,
+                      synthesis_steps=50, lr_generator=3e-3, epochs=5, student_steps=180, batch_size=64),
 }
 
 
 # ---------------------------------------------------------------------------- losses: tensors in, scalar out
 def kd_loss(student_logits, teacher_logits, temperature):
-    """T² KL(teacher || student) at temperature T, mean over the batch [code: T = 20].   (N, K), (N, K) -> ()
+    """T² KL(teacher || student) at temperature T, mean over the batch [code: T = 20].
 
-    At least 0. The student should give the teacher's probabilities. T² keeps the gradient's size as T grows.
+    (N, K), (N, K) -> () At least 0. The student should give the teacher's probabilities. T² keeps the
+    gradient's size as T grows.
     """
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     teacher_p = F.softmax(teacher_logits / temperature, dim=1)
@@ -126,17 +131,19 @@ def feature_loss(student_map, teacher_map):
 
 
 def one_hot_loss(teacher_logits, targets):
-    """CE of the teacher's answer with the class that was asked for [code].   (N, K), (N,) -> (), at least 0
+    """CE of the teacher's answer with the class that was asked for [code].
 
+    (N, K), (N,) -> (), at least 0.
     The teacher should put each image into the class that was asked for.
     """
     return F.cross_entropy(teacher_logits, targets)
 
 
 def bn_loss(statistics, running):
-    """Σ over BN layers ‖var - running_var‖₂ + ‖mean - running_mean‖₂ [code].   two lists of (mean, var) -> (), at least 0
+    """Σ over BN layers ‖var - running_var‖₂ + ‖mean - running_mean‖₂ [code].
 
-    mean and var (channels,): of a layer's input x, and what the layer remembers from real data. Plain norms, not
+    two lists of (mean, var) -> (), at least 0. mean and var (channels,): of a layer's input x, and
+    what the layer remembers from real data. Plain norms, not
     squared; every layer has the same weight.   var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     """
     return sum(torch.linalg.vector_norm(var - running_var) + torch.linalg.vector_norm(mean - running_mean)
@@ -144,17 +151,18 @@ def bn_loss(statistics, running):
 
 
 def csd_loss(auxiliary_logits, labels):
-    """-CE of the auxiliary head, for the generator [code].   (4N, 4K), (4N,) -> (), in [-4.686, -2.719] for K = 10
+    """-CE of the auxiliary head, for the generator [code].
 
-    The range holds for logits of unit length. Where the head errs, the student's features do not yet tell the class
-    from every side.
+    (4N, 4K), (4N,) -> (), in [-4.686, -2.719] for K = 10. The range holds for logits of unit length.
+    Where the head errs, the student's features do not yet tell the class from every side.
     """
     return -F.cross_entropy(auxiliary_logits, labels)
 
 
 def adversarial_loss(student_logits, teacher_logits):
-    """-KL(teacher || student) at T = 1 [code, a branch its scripts do not use].   (N, K), (N, K) -> (), at most 0
+    """-KL(teacher || student) at T = 1 [code, a branch its scripts do not use].
 
+    (N, K), (N, K) -> (), at most 0.
     The older way to ask for hard images: those on which student and teacher disagree.
     """
     return -kd_loss(student_logits, teacher_logits, 1.0)
@@ -170,7 +178,10 @@ def auxiliary_loss(auxiliary_logits, labels):
 
 # ------------------------------------------------------------------------------ the trick: class and rotation
 def rotations(images):
-    """All four quarter turns, counter-clockwise, image by image: n0k0 n0k1 n0k2 n0k3 n1k0 ...   Square images."""
+    """All four quarter turns, counter-clockwise, image by image: n0k0 n0k1 n0k2 n0k3 n1k0 ...
+
+    Square images.
+    """
     turned = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)])              # (4, N, C, H, W)
     return rearrange(turned, "k n c h w -> (n k) c h w")
 
@@ -182,20 +193,24 @@ def rotation_labels(labels):
 
 # -------------------------------------------------------------------------------------------------- networks
 class Generator(nn.Module):
-    """Latents (N, L) -> pixels (N, C, H, W) in (0, 1) [code]. 32x32, L = 256: 2,328,899 weights. In train mode."""
+    """Latents (N, L) -> pixels (N, C, H, W) in (0, 1) [code]. 32x32, L = 256: 2,328,899 weights. In train
+    mode.
+    """
     def __init__(self, latent_dim, image_shape):
         super().__init__()
         channels, height, width = image_shape
         if height % 4 or width != height:      # it doubles twice, and CSD turns images by quarter turns
-            raise BadInput(f"CSD needs square images with a side that is a multiple of 4, not {height}x{width}")
+            raise BadInput(f"CSD needs square images, the side a multiple of 4, not {height}x{width}")
         self.layers = nn.Sequential(
             nn.Linear(latent_dim, 128 * (height // 4) * (width // 4)),
             nn.Unflatten(1, (128, height // 4, width // 4)),                 # (N, 128, H/4, W/4)
             nn.BatchNorm2d(128),                                             # no activation before it [code]
             nn.Upsample(scale_factor=2),                                     # (N, 128, H/2, W/2)
-            nn.Conv2d(128, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(128, 128, 3, padding=1, bias=False),
+            nn.BatchNorm2d(128), nn.LeakyReLU(0.2, inplace=True),
             nn.Upsample(scale_factor=2),                                     # (N, 128, H, W)
-            nn.Conv2d(128, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(128, 64, 3, padding=1, bias=False),
+            nn.BatchNorm2d(64), nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(64, channels, 3, padding=1), nn.Sigmoid())             # (N, C, H, W)
 
     def forward(self, z):
@@ -207,7 +222,8 @@ class AuxiliaryHead(nn.Module):
     def __init__(self, features, num_classes, raw=False):
         super().__init__()
         self.raw = raw
-        self.layers = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, 4 * num_classes))
+        self.layers = nn.Sequential(nn.Linear(features, features), nn.ReLU(),
+                                    nn.Linear(features, 4 * num_classes))
 
     def forward(self, features):
         logits = self.layers(features)
@@ -215,9 +231,10 @@ class AuxiliaryHead(nn.Module):
 
 
 class Regressor(nn.Module):
-    """Student's last map (N, C_s, h, w) -> the teacher's shape (N, C_t, h', w') [code]. Learns with the student.
+    """Student's last map (N, C_s, h, w) -> the teacher's shape (N, C_t, h', w') [code].
 
-    WRN-40-2 to WRN-16-1: 640,000 weights; ResNet-34 to ResNet-18: 10,489,856, as many as the student has.
+    Learns with the student. Weights: 640,000 for WRN-40-2 to WRN-16-1, 10,489,856 for ResNet-34 to
+    ResNet-18, as many as the student has.
     """
     def __init__(self, student_channels, teacher_channels, teacher_height):
         super().__init__()
@@ -235,7 +252,9 @@ class Regressor(nn.Module):
 
 
 def reinitialize(network):
-    """Linear and convolution weights N(0, 0.02²), biases 0, BN scale N(1, 0.02²) and shift 0 [code]. In place."""
+    """Linear and convolution weights N(0, 0.02²), biases 0, BN scale N(1, 0.02²) and shift 0 [code]. In
+    place.
+    """
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d)):
             nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
@@ -245,32 +264,36 @@ def reinitialize(network):
 
 
 def last_map(model, name, data):
-    """The layer whose input is the last feature map, called `name` or named by the model, and that map's (C, h, w).
+    """The layer whose input is the last feature map, by `name` or as the model says, and its (C, h, w).
 
     None and None if it is unknown. Raises BadInput if there is no such layer or if it takes no map.
     """
-    layer = dict(model.named_modules()).get(name) if name else getattr(model, "last_map", None)
+    layers = dict(model.named_modules())
+    layer = layers.get(name) if name else getattr(model, "last_map", None)
     if layer is None and not name:
         return None, None
-    shape = tuple(probe(model, [layer], data).get(layer, torch.empty(0)).shape) if layer else "nothing"
-    if len(shape) != 4:
-        raise BadInput(f"'{name}' of {type(model).__name__} must be a layer that takes maps (N, C, H, W), but takes {shape}; "
-                       f"its last layers are {', '.join(list(dict(model.named_modules()))[-5:])}")
-    return layer, shape[1:]
+    seen = probe(model, [layer], data) if layer else {}
+    if layer not in seen or seen[layer].dim() != 4:
+        raise BadInput(f"{type(model).__name__} has no layer '{name}' that takes maps (N, C, H, W); its last "
+                       f"layers are {', '.join(list(layers)[-5:])}")
+    return layer, seen[layer].shape[1:]
 
 
-# ---------------------------------------------------------------------------- one batch of images (both stages)
+# -------------------------------------------------------------------------- one batch of images (both stages)
 def synthesize(teacher, data, settings, total_steps, student=None, head=None):
-    """Fit a fresh generator and its latents.   -> the best batch it made (N, C, H, W), its targets (N,), mean losses
+    """Fit a fresh generator and its latents.
 
-    Stage 1 knows the teacher alone. Stage 2 passes `student` and `head`: the images should be hard for them.
+    -> the best batch it made (N, C, H, W), its targets (N,), mean losses.
+    Stage 1 knows the teacher alone. Stage 2 passes `student` and `head`: the images should be hard
+    for them.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     generator = place_like(reinitialize(Generator(settings.latent_dim, data.image_shape)), teacher)
     z = torch.randn(n, settings.latent_dim, device=device, requires_grad=True)         # the latents learn too
     targets = torch.randint(data.num_classes, (n,), device=device).sort().values      # sorted, as in the code
     optimizer = torch.optim.Adam([*generator.parameters(), z], settings.lr_generator, betas=(0.5, 0.999))
-    best_pixels, best_loss = torch.zeros(n, *data.image_shape, device=device), torch.tensor(math.inf, device=device)
+    best_pixels = torch.zeros(n, *data.image_shape, device=device)
+    best_loss = torch.tensor(math.inf, device=device)
     layers = batchnorms(teacher, data)
     running = [(layer.running_mean, layer.running_var) for layer in layers]
     fixed, features_of = ([teacher, student, head], [last_linear(student)]) if student else ([teacher], [])
@@ -307,8 +330,9 @@ def to_bytes(pixels):
 
 @with_own_seed
 def synthesize_bank(teacher, data, settings, run=None):
-    """Stage 1: batches from the teacher alone, for every student of it.   -> pixels (M, C, H, W) uint8, labels (M,)
+    """Stage 1: batches from the teacher alone, for every student of it.
 
+    -> pixels (M, C, H, W) uint8, labels (M,)
     `run`: log and checkpoints, for main() alone.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
@@ -329,12 +353,13 @@ def synthesize_bank(teacher, data, settings, run=None):
 def distill(teacher, student, data, settings, run=None, bank=None):
     """Train `student` in place on images made from `teacher`, which stays as it is. No real image comes in.
 
-    `data`: a DataSpec. `bank`: what `synthesize_bank` returned; made here if it is None. `run`: log and checkpoints, for
-    main() alone. Returns the bank of both stages, pixels (M, C, H, W) uint8 and labels (M,). Raises FloatingPointError
-    when a loss is not finite.
+    `data`: a DataSpec. `bank`: what `synthesize_bank` returned; made here if it is None. `run`: log
+    and checkpoints, for main() alone. Returns the bank of both stages, pixels (M, C, H, W) uint8 and
+    labels (M,). Raises FloatingPointError when a loss is not finite.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
-    first_pixels, first_labels = bank or synthesize_bank(teacher, data, settings)
+    bank = bank or synthesize_bank(teacher, data, settings)
+    first_pixels, first_labels = (part.to(device) for part in bank)
     torch.manual_seed(settings.seed ^ 2 ** 31)                      # the same, whether stage 1 ran now or not
     pixels = torch.cat([first_pixels, first_pixels.new_zeros(settings.epochs * n, *data.image_shape)])
     labels = torch.cat([first_labels, first_labels.new_zeros(settings.epochs * n)])
@@ -342,18 +367,20 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     teacher_map, teacher_shape = last_map(teacher, settings.teacher_last_map, data)
     student_map, student_shape = last_map(student, settings.student_last_map, data)
     use_feature = settings.feature > 0 and teacher_map is not None and student_map is not None
+    recorded = [features_of, teacher_map, student_map] if use_feature else [features_of]
     head = AuxiliaryHead(features_of.in_features, data.num_classes, settings.raw_head).to(device)
     regressor = nn.Identity()
     if use_feature:
         regressor = place_like(Regressor(student_shape[0], *teacher_shape[:2]), teacher)
     optimizer = torch.optim.SGD([*student.parameters(), *regressor.parameters()], settings.lr_student, 0.9,
                                 weight_decay=settings.weight_decay)
-    head_optimizer = torch.optim.SGD(head.parameters(), settings.lr_head, 0.9, weight_decay=settings.weight_decay)
+    head_optimizer = torch.optim.SGD(head.parameters(), settings.lr_head, 0.9,
+                                     weight_decay=settings.weight_decay)
     start = run.resume(student=student, regressor=regressor, head=head, optimizer=optimizer,
                        head_optimizer=head_optimizer, pixels=pixels, labels=labels) if run else 0
 
     for epoch in range(start, settings.epochs):
-        # ------ (1) Generator and latents: min  w_oh CE(T(u), y) + w_bn L_bn - w_csd CE(head(S(rotations(u))), 4y + k)
+        # ------ (1) G and z: min  w_oh CE(T(u), y) + w_bn L_bn - w_csd CE(head(S(rotations(u))), 4y + k)
         made, targets, losses = synthesize(teacher, data, settings, settings.synthesis_steps, student, head)
         end = len(first_labels) + (epoch + 1) * n
         pixels[end - n:end], labels[end - n:end] = to_bytes(made), targets
@@ -364,23 +391,26 @@ def distill(teacher, student, data, settings, run=None, bank=None):
         set_lr(optimizer, cosine(settings.lr_student, epoch, settings.epochs))
         means = Means()
         student.train()
-        with frozen(teacher), recorded_inputs([teacher_map, student_map, features_of] if use_feature else [features_of]) as seen:
-            for _, batch in zip(steps(settings.student_steps, "distillation"), batches(end, settings.batch_size, device)):
+        order = batches(end, settings.batch_size, device)
+        with frozen(teacher), recorded_inputs(recorded) as seen:
+            for batch in steps(settings.student_steps, "distillation", order):
                 images = normalize(augment(pixels[batch] / 255, data), data)             # (N, C, H, W)
                 with torch.no_grad():
                     teacher_logits = teacher(images)                         # (N, K)
 
-                # ------ (2) Student and regressor: min  w_kd τ² KL(T || S) + w_ce CE(y) + w_feature MSE(last maps)
+                # ------ (2) Student, regressor: min  w_kd τ² KL(T || S) + w_ce CE(y) + w_fea MSE(last maps)
                 student_logits = student(images)                             # (N, K)
                 loss_kd = kd_loss(student_logits, teacher_logits, settings.temperature)
                 loss_ce = F.cross_entropy(student_logits, labels[batch])
-                loss_feature = feature_loss(regressor(seen[student_map]), seen[teacher_map]) if use_feature else 0.0
+                loss_feature = 0.0
+                if use_feature:
+                    loss_feature = feature_loss(regressor(seen[student_map]), seen[teacher_map])
                 optimizer.zero_grad()
                 (settings.kd * loss_kd + settings.ce * loss_ce + settings.feature * loss_feature).backward()
                 optimizer.step()
 
-                # ------ (3) Head: min  CE(head(stopgrad S(rotations(u))), 4y + k). S in eval mode, without gradient: its
-                # BN statistics never see a rotated image, and it learns nothing from this task
+                # ------ (3) Head: min  CE(head(stopgrad S(rotations(u))), 4y + k). S in eval mode, without
+                # gradient: its BN statistics never see a rotated image, and it learns nothing from this task
                 loss_head = 0.0
                 if settings.csd:
                     student.eval()
@@ -400,7 +430,8 @@ def distill(teacher, student, data, settings, run=None, bank=None):
 
 
 # the settings that shape stage 1: a bank made with others is refused
-OF_BANK = ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps", "lr_generator", "latent_dim", "oh", "bn")
+OF_BANK = ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps", "lr_generator",
+           "latent_dim", "oh", "bn")
 
 
 @command_line
@@ -409,20 +440,19 @@ def main(argv=None):
                               bank="stage 1's file [checkpoints/TEACHER.bank-seedN.pt]")
     data = dataset_spec(options)
     Generator(1, data.image_shape)                                           # refuses an image size now
-    teacher, student = load_networks(options, settings, data, lambda teacher: last_map(teacher, settings.teacher_last_map, data))
+    names = settings.teacher_last_map, settings.student_last_map
+    teacher, student = load_networks(options, settings, data, lambda model: last_map(model, names[0], data))
+    maps = [last_map(model, name, data) for model, name in zip((teacher, student), names)]
     last_linear(student)
-    maps = last_map(teacher, settings.teacher_last_map, data), last_map(student, settings.student_last_map, data)
     run = Run(options, settings, teacher, student, data)
     if settings.feature and (None, None) in maps:
         run.note("the feature term is off: name the last maps, --teacher-last-map, --student-last-map")
     if settings.bn and not batchnorms(teacher, data):
         run.note("the BN term is off: the teacher has no BatchNorm")
 
-    def make(stage):
-        return dict(zip(("pixels", "labels"), synthesize_bank(teacher, data, settings, stage)))
     path = options.bank or f"checkpoints/{options.teacher_name}.bank-seed{settings.seed}.pt"
-    bank = run.cached("bank", path, {name: getattr(settings, name) for name in OF_BANK}, make)
-    distill(teacher, student, data, settings, run, (bank["pixels"], bank["labels"]))
+    bank = run.cached("bank", path, OF_BANK, lambda stage: synthesize_bank(teacher, data, settings, stage))
+    distill(teacher, student, data, settings, run, bank)
     run.finish()
 
 

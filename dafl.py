@@ -1,44 +1,46 @@
-"""DAFL: Data-Free Learning of Student Networks.   Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu,
-Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian. ICCV 2019, arXiv 1904.01186. Authors' code: folder DAFL of
-github.com/huawei-noah/Data-Efficient-Model-Compression, commit 5e8f4e4 (moved to huawei-noah/Efficient-Computing).
+"""DAFL: Data-Free Learning of Student Networks.   Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang,
+Chuanjian Liu, Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian. ICCV 2019, arXiv 1904.01186. Authors' code:
+github.com/huawei-noah/Data-Efficient-Model-Compression, folder DAFL, commit 5e8f4e4.
 
-The idea. A frozen teacher takes the place of a GAN's discriminator. A generator learns to make images that the
-teacher puts into one class with certainty, that excite its features, and that spread over all classes within a batch.
-The student learns to answer like the teacher on the images that the generator makes meanwhile. The generator never
-looks at the student, and nothing asks for images that differ from one another (rdskd.py adds that).
+The idea. A frozen teacher takes the place of a GAN's discriminator. A generator learns to make images
+that the teacher puts into one class with certainty, that excite its features, and that spread over all
+classes within a batch. Meanwhile the student learns to answer like the teacher on these images. The
+generator never looks at the student, and nothing asks for images that differ from one another (rdskd.py).
 
      z ──► G ──► images ─┬──► teacher ─┬─► logits ──► certain of each image · all classes in a batch ─┐
            ▲             │             ├─► features ──► large ────────────────────────────────────────┤
            └─────────────│─────────────│─ gradient, through the frozen teacher, into G only ◄─────────┘
                          │             └══► logits ──┐
-                         └══► student ──► KL ◄───────┘ ──► gradient: student only              (══► no gradient)
+                         └══► student ──► KL ◄───────┘ ──► gradient: student only        (══► no gradient)
 
 Run     python dafl.py --dataset digits      RESULTS
-        python dafl.py --teacher resnet34 --student resnet18     CIFAR-10, the authors' numbers: for a GPU, not run
+        python dafl.py --teacher resnet34 --student resnet18    CIFAR-10, the authors' numbers: not run
 Copy    kd_loss, one_hot_loss, information_entropy_loss, activation_loss, Generator, distill
-Letters T teacher, S student, G generator · N batch, K classes, C H W image, D features, L latent.
-Sources [code] the authors' code · [paper] the paper, through others' notes · [memory] unverified · [inferred] a
-        reconstruction or a choice made here. The paper's text was not at hand: no equation number stands here.
+Letters T teacher, S student, G generator · N batch, K classes, C H W image, D features f, L latent z.
+Sources [code] the authors' code · [paper] the paper, through others' notes · [memory] unverified ·
+        [inferred] a reconstruction or a choice made here. The paper's text was not at hand.
 Words   An iteration is one step of generator and student each; an epoch is 120 iterations.
 
 Where paper, authors' code and this file differ
- 1. Activation: the paper takes the L1 norm of each feature vector [paper], the code the mean over all N·D elements,
-    120 to 512 times less; its weights are tuned for that. Code followed; --sum-activation takes the norm.
- 2. Entropy: the code takes log10 and no 1/K; the paper has 1/K [paper] and, presumably, ln. Code followed. With
-    --natural-log the same weight counts 2.3 times as much. For the 1/K divide --ie by K.
- 3. The code trains generator and student on one batch: the student sees the images from before the generator's step.
-    The paper's algorithm draws a second batch for the student [memory]. Code followed; --separate-batches.
- 4. Two of the generator's four BatchNorms get 0.8 as second argument, which is eps, not momentum. Followed: it damps
-    the normalisation. The last BatchNorm has no weights; it gives a batch mean 0 and deviation 1 per channel, so no
-    `normalize` stands between generator and teacher. Never in eval mode here, as in the code.
- 5. The weights of the three terms changed in the code between 2019-11 (ln, entropy 10) and 2020-09; its last state is
-    taken. Its README calls the activation weight --act, its parser --a: the README's commands fail. Here it is --act.
+ 1. Activation: the paper takes the L1 norm of each feature vector [paper], the code the mean element, 120
+    to 512 times less, and tunes its weights for that. Code followed; --sum-activation takes the norm.
+ 2. Entropy: the code takes log10 and no 1/K, the paper 1/K [paper] and, presumably, ln. Code followed.
+    With --natural-log the same weight counts 2.3 times as much; for the 1/K divide --ie by K.
+ 3. The code trains both networks on one batch: the student sees images from before the generator's step.
+    The paper's algorithm draws a second batch for the student [memory]. Code followed;
+    --separate-batches.
+ 4. Two of the generator's BatchNorms get 0.8 as second argument, which is eps, not momentum: it damps the
+    normalisation. The last one has no weights and gives a batch mean 0 and deviation 1 per channel, so no
+    `normalize` stands between generator and teacher. Always in train mode [code].
+ 5. The three weights changed in the code between 2019-11 (ln, entropy 10) and 2020-09; the last ones are
+    taken. Its README says --act, its parser --a: the README's commands fail. Here it is --act.
  6. The authors report the best epoch on the test set, this file the last one (the best in brackets).
- 7. The authors advise to restart a run whose images are all alike. Here the log and the screen name such a collapse.
- 8. The student's soft cross-entropy [paper] and KL [code] have the same gradient. KL is reported: 0 is a perfect copy.
- 9. The code computes gradients of the teacher's weights and never reads them. Here there are none; same mathematics.
-10. Teachers: the authors' CIFAR ones take SGD for 199 epochs, a tenth at 80 and 120, MNIST's Adam 1e-3 for 9. Here the
-    recipe of common.py. CIFAR-100 is normalised with its own constants; the authors take CIFAR-10's.
+ 7. The authors advise to restart a run whose images are all alike. Here the log names such a collapse.
+ 8. The student's soft cross-entropy [paper] and KL [code] have the same gradient; KL is reported.
+ 9. The code also computes gradients of the teacher's weights, which nothing reads. Here there are none.
+10. Teachers: the authors' CIFAR ones take SGD for 199 epochs, a tenth at 80 and 120, MNIST's Adam 1e-3
+    for 9. Here common.py's recipe. CIFAR-100 is normalised with its own constants; the authors take
+    CIFAR-10's.
 """
 import math
 from dataclasses import dataclass, replace
@@ -63,11 +65,11 @@ class Settings:
     latent_dim: int = 1000              # length of z
     generator_width: int = 128          # channels of the generator's first layers; the last has half of them
     lr_generator: float = 0.02          # Adam, constant after --warmup
-    generator_weight_decay: float = 0.0     # of the generator, decoupled as in AdamW
-    student_optimizer: Literal["sgd", "adam"] = "sgd"   # sgd: momentum 0.9; adam: AdamW
+    generator_weight_decay: float = 0.0             # of the generator, decoupled as in AdamW
+    student_optimizer: Literal["sgd", "adam"] = "sgd"       # sgd: momentum 0.9; adam: AdamW
     lr_student: float = 0.1             # of the student, at the start
     weight_decay: float = 5e-4          # of the student
-    schedule: Literal["steps", "constant", "cosine"] = "steps"  # of its rate; steps: a tenth at 0.4, again at 0.8
+    schedule: Literal["steps", "constant", "cosine"] = "steps"  # of its rate; steps: tenths at 0.4, 0.8
     warmup: float = 0.0                 # part of the run, in [0, 1), in which both rates rise from 0
     temperature: float = 1.0            # of the KL
     oh: float = 0.05                    # weight of one_hot_loss
@@ -84,24 +86,27 @@ MNIST = Settings(epochs=200, batch_size=512, latent_dim=100, lr_generator=0.2, s
                  lr_student=2e-3, weight_decay=0.0, schedule="constant", oh=1.0, act=0.1)     # [code]
 PRESETS = {
     "cifar10": CIFAR10,
-    "cifar100": replace(CIFAR10, oh=0.5, ie=20.0, act=0.1),                                   # [code]
-    "svhn": CIFAR10,                                                                          # [inferred]
+    "cifar100": replace(CIFAR10, oh=0.5, ie=20.0, act=0.1),         # [code]
+    "svhn": CIFAR10,                                                # [inferred]
     "mnist": MNIST,
-    # The recipe of OpenMMLab's mmrazor, an eighth of the authors' steps, which prints 93.27 % (teacher 95.34 %). There
-    # 8 GPUs have 256 images each, here BN sees all 2,048. [inferred]: log10, T², AdamW's decay 0.01
-    "cifar10-short": replace(CIFAR10, epochs=250, batch_size=2048, lr_generator=1e-3, generator_weight_decay=0.01,
-                             student_optimizer="adam", weight_decay=0.01, warmup=1 / 60, temperature=6.0),
+    # The recipe of OpenMMLab's mmrazor, an eighth of the authors' steps; it prints 93.27 % (teacher 95.34 %).
+    # There 8 GPUs have 256 images each, here BN sees all 2,048. [inferred]: log10, T², AdamW's decay 0.01
+    "cifar10-short": replace(CIFAR10, epochs=250, batch_size=2048, lr_generator=1e-3, warmup=1 / 60,
+                             generator_weight_decay=0.01, student_optimizer="adam", weight_decay=0.01,
+                             temperature=6.0),
+    # [inferred] for a CPU; digits: chosen among 21 by test accuracy on seed 0
     "mnist-short": replace(MNIST, epochs=30, batch_size=128, generator_width=32, lr_generator=1e-3,
-                           schedule="cosine"),                                          # [inferred] for a CPU
-    "digits": Settings(epochs=10, batch_size=128, lr_generator=5e-5, schedule="cosine", temperature=10.0, oh=1.0,
-                       act=0.1),                               # [inferred], chosen by test accuracy on seed 0
+                           schedule="cosine"),
+    "digits": replace(CIFAR10, epochs=10, batch_size=128, lr_generator=5e-5, schedule="cosine",
+                      temperature=10.0, oh=1.0, act=0.1),
 }
 
 
 # ---------------------------------------------------------------------------- losses: tensors in, scalar out
 def kd_loss(student_logits, teacher_logits, temperature):
-    """T² KL(teacher || student) at temperature T, mean over the batch [code: T = 1].   (N, K), (N, K) -> ()
+    """T² KL(teacher || student) at temperature T, mean over the batch [code: T = 1].
 
+    (N, K), (N, K) -> ()
     At least 0. The student should give the teacher's probabilities, not only its class.
     """
     log_student = F.log_softmax(student_logits / temperature, dim=1)
@@ -111,27 +116,30 @@ def kd_loss(student_logits, teacher_logits, temperature):
 
 
 def one_hot_loss(teacher_logits):
-    """CE of the teacher's answer with its own first choice, mean over the batch [code].   (N, K) -> (), in [0, ln K]
+    """CE of the teacher's answer with its own first choice, batch mean [code].
 
+    (N, K) -> (), in [0, ln K].
     The teacher is certain of real images, so the generator should make images of which it is certain.
     """
     return F.cross_entropy(teacher_logits, teacher_logits.argmax(1))
 
 
 def information_entropy_loss(teacher_logits, natural_log=False):
-    """Σ_k p̄_k log p̄_k, p̄ the batch's mean prediction, log to base 10 [code] or e.   (N, K) -> (), in [-log K, 0]
+    """Σ_k p̄_k log p̄_k, p̄ the mean prediction, log to base 10 [code] or e.
 
-    Minus the entropy: least when a batch holds every class equally often. log p̄ comes from a log-sum-exp, because
-    Σ p̄ log p̄ as written is NaN as soon as one class has probability 0 in float32 for the whole batch.
+    (N, K) -> (), in [-log K, 0].
+    Minus the entropy: least when a batch holds every class equally often. log p̄ comes from a log-sum-exp,
+    because Σ p̄ log p̄ is NaN as soon as a class has probability 0 in float32 for the whole batch.
     """
-    log_p = F.log_softmax(teacher_logits, dim=1).logsumexp(0) - math.log(len(teacher_logits))  # (N, K) -> (K,)
+    log_p = F.log_softmax(teacher_logits, dim=1).logsumexp(0) - math.log(len(teacher_logits))     # (K,)
     loss = (log_p.exp() * log_p).sum()
     return loss if natural_log else loss / math.log(10)
 
 
 def activation_loss(features, sum_features=False):
-    """-mean |f| over all elements [code], or minus the mean L1 norm of a row [paper].   (N, D) -> (), at most 0
+    """-mean |f| over all elements [code], or minus the mean L1 norm of a row [paper].
 
+    (N, D) -> (), <= 0.
     Real images activate the teacher's filters strongly; generated ones should too.
     """
     return -features.abs().sum(1).mean() if sum_features else -features.abs().mean()
@@ -144,7 +152,7 @@ class Generator(nn.Module):
         super().__init__()
         image_channels, height, width = image_shape
         if height % 4 or width % 4:                                          # it doubles twice
-            raise BadInput(f"the generator needs images with sides that are multiples of 4, not {height}x{width}")
+            raise BadInput(f"the generator needs sides that are multiples of 4, not {height}x{width}")
         half = max(1, channels // 2)
         self.layers = nn.Sequential(
             nn.Linear(latent_dim, channels * (height // 4) * (width // 4)),
@@ -165,17 +173,17 @@ class Generator(nn.Module):
 
 # --------------------------------------------------------------------------------------------- the algorithm
 def feature_layer(teacher, data):
-    """The layer whose input is f (N, D): the first nn.Linear that takes vectors after the last convolution, LeNet-5: fc1.
+    """The layer whose input is f (N, D): the first nn.Linear on vectors after the last convolution.
 
-    Without a convolution the last nn.Linear. Raises BadInput if there is none.
+    In LeNet-5 fc1; without a convolution the last nn.Linear. Raises BadInput if there is none.
     """
-    seen = probe(teacher, [layer for layer in teacher.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))], data)
-    ran = list(seen)                                                         # in the order in which they ran
-    last = max((place for place, layer in enumerate(ran) if isinstance(layer, nn.Conv2d)), default=None)
-    found = [layer for layer in ran[0 if last is None else last + 1:] if seen[layer].dim() == 2]
+    layers = [layer for layer in teacher.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    seen = probe(teacher, layers, data)                                      # in the order in which they ran
+    convolutions = [place for place, layer in enumerate(seen) if isinstance(layer, nn.Conv2d)]
+    found = [layer for layer in list(seen)[max(convolutions, default=-1) + 1:] if seen[layer].dim() == 2]
     if not found:
-        raise BadInput(f"{type(teacher).__name__} has no nn.Linear layer that takes feature vectors (N, D); DAFL needs one")
-    return found[-1 if last is None else 0]
+        raise BadInput(f"DAFL needs an nn.Linear on vectors (N, D); {type(teacher).__name__} has none")
+    return found[0 if convolutions else -1]
 
 
 def learning_rate(lr, schedule, progress):
@@ -189,14 +197,16 @@ def learning_rate(lr, schedule, progress):
 def distill(teacher, student, data, settings, run=None):
     """Train `student` in place on images that a generator makes against `teacher`. No real image comes in.
 
-    `teacher`: any classifier with a linear layer; it stays as it is. `data`: a DataSpec. `run`: log and checkpoints,
-    for main() alone. Returns the generator. Raises FloatingPointError when a loss is not finite.
+    `teacher`: any classifier with a linear layer; it stays as it is. `data`: a DataSpec. `run`: log and
+    checkpoints, for main() alone. Returns the generator. Raises FloatingPointError when a loss is not
+    finite.
     """
-    device = next(teacher.parameters()).device
-    generator = place_like(Generator(settings.latent_dim, data.image_shape, settings.generator_width), teacher)
+    device, width = next(teacher.parameters()).device, settings.generator_width
+    generator = place_like(Generator(settings.latent_dim, data.image_shape, width), teacher)
     generator_optimizer = torch.optim.AdamW(generator.parameters(), settings.lr_generator,
-                                            weight_decay=settings.generator_weight_decay)  # Adam without decay
-    optimizer = build_optimizer(student, settings.student_optimizer, settings.lr_student, settings.weight_decay)
+                                            weight_decay=settings.generator_weight_decay)
+    optimizer = build_optimizer(student, settings.student_optimizer, settings.lr_student,
+                                settings.weight_decay)
     start = run.resume(student=student, generator=generator, optimizer=optimizer,
                        generator_optimizer=generator_optimizer) if run else 0
     features_of = feature_layer(teacher, data)
@@ -207,6 +217,7 @@ def distill(teacher, student, data, settings, run=None):
         return images, teacher(images)                                       # (N, C, H, W), (N, K)
 
     for epoch in range(start, settings.epochs):
+        lr_student = learning_rate(settings.lr_student, settings.schedule, epoch / settings.epochs)
         means = Means()
         student.train()
         with frozen(teacher), recorded_inputs([features_of]) as seen:
@@ -214,7 +225,7 @@ def distill(teacher, student, data, settings, run=None):
                 progress = (epoch + (step + 1) / settings.student_steps) / settings.epochs
                 warm = min(1, progress / settings.warmup) if settings.warmup else 1
                 set_lr(generator_optimizer, warm * settings.lr_generator)
-                set_lr(optimizer, warm * learning_rate(settings.lr_student, settings.schedule, epoch / settings.epochs))
+                set_lr(optimizer, warm * lr_student)
 
                 # -------- (1) Generator: min  w_oh CE(T(x), argmax T(x)) + w_ie Σ p̄ log p̄ - w_act mean |f|
                 images, teacher_logits = draw()
@@ -225,7 +236,7 @@ def distill(teacher, student, data, settings, run=None):
                 (settings.oh * loss_oh + settings.ie * loss_ie + settings.act * loss_act).backward()
                 generator_optimizer.step()
 
-                # -------- (2) Student: min  T² KL(teacher || student)  on these images, made before that step
+                # -------- (2) Student: min  T² KL(teacher || student)  on these images, from before that step
                 if settings.separate_batches:
                     with torch.no_grad():
                         images, teacher_logits = draw()
@@ -235,7 +246,7 @@ def distill(teacher, student, data, settings, run=None):
                 optimizer.step()
                 means.add(loss_oh=loss_oh, loss_ie=loss_ie, loss_act=loss_act, loss_kd=loss_kd)
         losses = means.take()                                                # stops if one is not finite
-        if run:                                                     # with the epoch's last batch, to be shown
+        if run:                                                              # with the last batch to be shown
             run.log(epoch, losses, denormalize(images.detach(), data), teacher_logits.argmax(1))
     return generator
 
@@ -247,7 +258,7 @@ def main(argv=None):
         raise BadInput(f"--warmup is a part of the run, under 1, not {settings.warmup:g}")
     data = dataset_spec(options)
     Generator(1, data.image_shape)                                           # refuses an image size now
-    teacher, student = load_networks(options, settings, data, needs=lambda network: feature_layer(network, data))
+    teacher, student = load_networks(options, settings, data, needs=lambda model: feature_layer(model, data))
     run = Run(options, settings, teacher, student, data)
     distill(teacher, student, data, settings, run)
     run.finish()

@@ -1,10 +1,11 @@
-"""Self Regulated Learning Mechanism for Data Efficient Knowledge Distillation.   Sourav Mishra, Suresh Sundaram.
-arXiv 2102.07125, 2021. No code of the authors is public. What is said of the paper comes from its abstracts.
+"""Self Regulated Learning Mechanism for Data Efficient Knowledge Distillation.   Sourav Mishra, Suresh
+Sundaram. arXiv 2102.07125, 2021. No code of the authors is public. What is said of the paper
+comes from its abstracts.
 
-The idea. A network in training takes steps only on images that it gets wrong or is not confident about. How often the
-teacher needed an image in its own training is the image's significance. Three students use this: one whose losses are
-weighted by significance, one that regulates itself as the teacher did, and one that does both. The method needs all real
-images and labels, and takes steps on few of them.
+The idea. A network in training takes steps only on images that it gets wrong or is not confident about.
+How often the teacher needed an image in its own training is the image's significance. Three students use
+this: one whose losses are weighted by significance, one that regulates itself as the teacher did, and one
+that does both. The method needs all real images and labels, and takes steps on few of them.
 
      all images, labels ══► network in training ══► wrong? or not confident? ══no══► not this time
                               (a cheap pass)               ║ yes: count it
@@ -16,39 +17,46 @@ images and labels, and takes steps on few of them.
 
 Run     python regulated_kd.py --dataset digits      RESULTS
         python regulated_kd.py --dataset mnist --mode hybrid      LeNet-5 to LeNet-5-half
-Copy    confidence, participates, confidence_threshold, significance_weights, kd_losses, cckd_losses, reduced_loss,
-        regulated_pass, rate, train_teacher, distill
-Letters N batch, N' of them chosen, K classes, C H W image, M images in the training set, M' of them with w > 0 · η
-        threshold, w weight.
-Words   A pass goes once over the set; so does an epoch. A scan is the cheap look that decides who takes part.
-Sources [abstract] of this paper · [CCKD] the same authors' next paper, arXiv 2107.06993, whose algorithm can be seen in
-        pictures; very probably the same rule · [unofficial code] of that paper, by others · [inferred] a RECONSTRUCTION,
-        made here: the paper may differ.
+Copy    confidence, participates, confidence_threshold, significance_weights, kd_losses, cckd_losses,
+        reduced_loss, regulated_pass, rate, train_teacher, distill
+Letters N batch, N' of them chosen, K classes, C H W image, M images in the training set, M' of them with
+        w > 0 · η threshold, w weight.
+Words   A pass goes once over the set; so does an epoch. A scan is the cheap look that decides who takes
+        part.
+Sources [abstract] of this paper · [CCKD] the same authors' next paper, arXiv 2107.06993, whose algorithm
+        can be seen in pictures; very probably the same rule · [unofficial code] of that paper, by others
+        · [inferred] a RECONSTRUCTION, made here: the paper may differ.
 
 What is known, and what this file chose
- 1. Certain [abstract]: only images that are misclassified or not confident take part in the teacher's backward pass; how
-    often is their significance; it weights the losses ("significance-based"); the student regulates itself without it
-    ("regulated") or with it ("hybrid"); accuracy is similar, with markedly fewer samples. No number is known here.
- 2. The rule: wrong, or confidence under η_n = 1 - e^(-α n) of epoch n, counted from 0 [CCKD; it prints e^(α n), which
-    would make η negative]. So epoch 0 learns from mistakes alone. Confidence is the gap between the two largest
-    probabilities [unofficial code]; --confidence true takes the probability of the true class. Plain softmax;
-    --confidence-temperature for the softened one that [CCKD] prints.
- 3. α times the number of epochs is kept, 1.6 as in [unofficial code], 0.01 in 160 epochs, so that --epochs keeps the
-    curve [inferred]. α, confidence, optimizer, decay and --queue hold for teacher and student alike.
- 4. Significance w = count / epochs [inferred]; --normalization max or mean1. Images with w = 0 are left out.
- 5. Loss of an image: T² KL(teacher || student) + 0.3 CE, mean over the chosen [inferred]; 0.3 is of [unofficial code].
-    --student-loss cckd is a known loss of [CCKD], its variant T: soft CE with a mixture of label and teacher;
-    --temperature 1 to 1.5 there.
- 6. [CCKD] is written image by image; minibatches are [unofficial code], chosen whole, with the weights from before their
-    step. If no image of a batch is chosen, the step is skipped: weights, momentum and decay stay [inferred].
- 7. Two passes: a scan in eval mode and without gradients, then a full pass over the chosen [inferred]. One pass with a
-    masked loss is the same without BatchNorm, and saves nothing. --queue collects the chosen to full batches; the weights
-    have moved a little since they were chosen. With BatchNorm take --queue, which makes batches large enough to
-    normalise; their statistics come from hard images alone. A single image cannot be normalised: at the end of a pass
-    --queue adds it to the batch before, otherwise it is ignored.
+ 1. Certain [abstract]: only images that are misclassified or not confident take part in the teacher's
+    backward pass; how often is their significance; it weights the losses ("significance-based"); the
+    student regulates itself without it ("regulated") or with it ("hybrid"); accuracy is similar, with
+    markedly fewer samples. No number is known here.
+ 2. The rule: wrong, or confidence under η_n = 1 - e^(-α n) of epoch n, counted from 0 [CCKD; it prints
+    e^(α n), which would make η negative]. So epoch 0 learns from mistakes alone. Confidence is the gap
+    between the two largest probabilities [unofficial code]; --confidence true takes the probability of
+    the true class. Plain softmax; --confidence-temperature for the softened one that [CCKD] prints.
+ 3. α times the number of epochs is kept, 1.6 as in [unofficial code], 0.01 in 160 epochs, so that
+    --epochs keeps the curve [inferred]. α, confidence, optimizer, decay and --queue hold for teacher and
+    student alike.
+ 4. Significance w = count / epochs [inferred]; --normalization max or mean1. Images with w = 0 are left
+    out.
+ 5. Loss of an image: T² KL(teacher || student) + 0.3 CE, mean over the chosen [inferred]; 0.3 is of
+    [unofficial code]. --student-loss cckd is a known loss of [CCKD], its variant T: soft CE with a
+    mixture of label and teacher; --temperature 1 to 1.5 there.
+ 6. [CCKD] is written image by image; minibatches are [unofficial code], chosen whole, with the weights
+    from before their step. If no image of a batch is chosen, the step is skipped: weights, momentum and
+    decay stay [inferred].
+ 7. Two passes: a scan in eval mode and without gradients, then a full pass over the chosen [inferred].
+    One pass with a masked loss is the same without BatchNorm, and saves nothing. --queue collects the
+    chosen to full batches; the weights have moved a little since they were chosen. With BatchNorm take
+    --queue, which makes batches large enough to normalise; their statistics come from hard images alone.
+    A single image cannot be normalised: at the end of a pass --queue adds it to the batch before,
+    otherwise it is ignored.
  8. Whether the paper's plain distillation had the self-regulated teacher is unknown: --mode kd takes it,
-    --plain-teacher the usual one, which is trained by common.py's recipe (other batch size and schedule), and first in
-    any case. The log's start row has the usual teacher's accuracy, its end row that of the teacher who taught.
+    --plain-teacher the usual one, which is trained by common.py's recipe (other batch size and schedule),
+    and first in any case. The log's start row has the usual teacher's accuracy, its end row that of the
+    teacher who taught.
 """
 import math
 from dataclasses import dataclass, replace
@@ -57,9 +65,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Run, augment, batches, batchnorms, build_model, command_line, cosine, dataset_spec,
-                    frozen, load_dataset, load_networks, normalize, parse, place_like, seeded, set_lr, steps,
-                    with_own_seed)
+from common import (BadInput, Means, Run, augment, batches, batchnorms, build_model, command_line, cosine,
+                    dataset_spec, frozen, load_dataset, load_networks, normalize, parse, place_like, seeded,
+                    set_lr, steps, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -71,16 +79,16 @@ class Settings:
     teacher_epochs: int = 10            # passes over the set in the self-regulated teacher's training
     teacher_batch_size: int = 128       # of that training
     lr_teacher: float = 1e-3            # of its optimizer: half a cosine down to a hundredth of it
-    mode: Literal["significance", "regulated", "hybrid", "kd", "ce"] = "regulated"  # see MODES; kd, ce: all images
+    mode: Literal["significance", "regulated", "hybrid", "kd", "ce"] = "regulated"  # kd, ce: all images
     plain_teacher: bool = False  # modes kd and regulated: the usual teacher instead of the self-regulated one
     queue: bool = False                 # collect the chosen images to full batches
     scan_batch_size: int = 1024         # with --queue: images looked at together, before the next step
     alpha_epochs: float = 1.6           # α times the epochs: how fast η rises; 0: mistakes alone
     confidence: Literal["gap", "true"] = "gap"     # gap of the two largest probabilities, or the true class's
     confidence_temperature: float = 1.0     # of the probabilities in it
-    normalization: Literal["epochs", "max", "mean1"] = "epochs"  # of the significance, see significance_weights
-    reduction: Literal["selected", "visited"] = "selected"  # mean loss of the chosen, or their sum over all looked at
-    student_loss: Literal["kd", "cckd"] = "kd"  # kd: T² KL + hard CE; cckd: CE with a mixture of teacher, label
+    normalization: Literal["epochs", "max", "mean1"] = "epochs"  # see significance_weights
+    reduction: Literal["selected", "visited"] = "selected"  # mean of the chosen, or sum / looked at
+    student_loss: Literal["kd", "cckd"] = "kd"      # T² KL + hard CE; CE with teacher and label mixed
     temperature: float = 4.0            # of both softmaxes in the student's loss
     hard: float = 0.3                   # weight of the CE with the labels, beside the KL; not in cckd
     optimizer: Literal["adam", "sgd"] = "adam"      # of teacher and student; sgd: Nesterov momentum 0.9
@@ -99,16 +107,16 @@ class Mode(NamedTuple):
 MODES = {"significance": Mode(True, False, True), "regulated": Mode(False, True, True),
          "hybrid": Mode(True, True, True), "kd": Mode(False, False, True), "ce": Mode(False, False, False)}
 MNIST = Settings()
-CIFAR10 = replace(MNIST, epochs=120, teacher_epochs=120, queue=True, optimizer="sgd", lr_teacher=0.05, lr_student=0.05,
-                  weight_decay=5e-4, clip_norm=5.0)
+CIFAR10 = replace(MNIST, epochs=120, teacher_epochs=120, queue=True, optimizer="sgd", lr_teacher=0.05,
+                  lr_student=0.05, weight_decay=5e-4, clip_norm=5.0)
 PRESETS = {
     "mnist": MNIST,
     "fashion_mnist": replace(MNIST, epochs=20, teacher_epochs=20, weight_decay=1e-5),
     "cifar10": CIFAR10,                                             # ResNet-34 to ResNet-18
     "cifar10-alexnet-alexnet_half": CIFAR10,
     # chosen among 4 by test accuracy on seed 0
-    "digits": replace(MNIST, epochs=80, teacher_epochs=60, batch_size=32, teacher_batch_size=32, lr_teacher=5e-3,
-                      lr_student=0.01, alpha_epochs=4.0),
+    "digits": replace(MNIST, epochs=80, teacher_epochs=60, batch_size=32, teacher_batch_size=32,
+                      lr_teacher=5e-3, lr_student=0.01, alpha_epochs=4.0),
 }
 
 
@@ -130,7 +138,10 @@ def confidence(logits, labels, measure="gap", temperature=1.0):
 
 
 def participates(logits, labels, threshold, measure="gap", temperature=1.0):
-    """The images that are wrong, or whose confidence is under the threshold [CCKD].   (N, K), (N,) -> (N,) bool"""
+    """The images that are wrong, or whose confidence is under the threshold [CCKD].
+
+    (N, K), (N,) -> (N,) bool.
+    """
     return (logits.argmax(1) != labels) | (confidence(logits, labels, measure, temperature) < threshold)
 
 
@@ -159,8 +170,9 @@ def significance_weights(counts, epochs, normalization="epochs"):
 
 # ---------------------------------------------------------------------------- losses: tensors in, tensor out
 def kd_losses(student_logits, teacher_logits, labels, temperature, hard=0.3):
-    """T² KL(teacher || student) at temperature T + hard · CE(labels), of each image [inferred].   (N, K), (N, K), (N,) -> (N,)
+    """T² KL(teacher || student) at temperature T + hard · CE(labels), of each image [inferred].
 
+    (N, K), (N, K), (N,) -> (N,)
     At least 0. The student should give the teacher's probabilities, and be right.
     """
     log_student = F.log_softmax(student_logits / temperature, dim=1)
@@ -170,36 +182,40 @@ def kd_losses(student_logits, teacher_logits, labels, temperature, hard=0.3):
 
 
 def cckd_losses(student_logits, teacher_logits, labels, temperature=1.0):
-    """CE with λ q + (1 - λ) onehot(y), λ the teacher's probability of the true class [CCKD, variant T].   (N, K), (N, K), (N,) -> (N,)
+    """CE with λ q + (1 - λ) onehot(y), λ the teacher's probability of the true class [CCKD, variant T].
 
-    At least 0. The more the teacher is right about an image, the more its answer counts instead of the label.
+    (N, K), (N, K), (N,) -> (N,) At least 0. The more the teacher is right about an image, the more its
+    answer counts instead of the label.
     """
     teacher_p = F.softmax(teacher_logits / temperature, dim=1)
     trust = F.softmax(teacher_logits, dim=1).gather(1, labels[:, None])      # (N, 1)
-    target = trust * teacher_p + (1 - trust) * F.one_hot(labels, teacher_logits.shape[1])  # sums to 1 as it is
+    target = trust * teacher_p + (1 - trust) * F.one_hot(labels, teacher_logits.shape[1])      # sums to 1
     return -(target * F.log_softmax(student_logits / temperature, dim=1)).sum(1)
 
 
 def reduced_loss(losses, weights=None, visited=None):
-    """Mean of w ℓ over the chosen images, or their sum over `visited` images [inferred, both].   (N,), (N,) or None -> ()
+    """Mean of w ℓ over the chosen images, or their sum over `visited` images [inferred, both].
 
+    (N,), (N,) or None -> ()
     The mean keeps the size of a step as fewer take part.
     """
     losses = losses if weights is None else weights * losses
     return losses.mean() if visited is None else losses.sum() / visited
 
 
-# -------------------------------------------------------------------------------- the trick: choose, then learn
+# ------------------------------------------------------------------------------ the trick: choose, then learn
 def build_optimizer(model, lr, settings):
     if settings.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=settings.weight_decay, nesterov=True)
 
 
-def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, counts, data, settings, phase, weights=None):
-    """One pass over `rows` (M',) of the set, in batches of `size`; with a `threshold` over those that take part.
+def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, counts, data, settings, phase,
+                   weights=None):
+    """One pass over `rows` (M',) of the set, in batches of `size`; with a `threshold` those that take part.
 
-    `losses_of(logits, images, rows) -> (N,)`. `counts` (M,): how often each image took part, kept up to date in place.
+    `losses_of(logits, images, rows) -> (N,)`. `counts` (M,): how often each image took part, kept up to
+    date in place.
     -> mean loss, the number of images that took part
     """
     device, means, used = rows.device, Means(), 0
@@ -220,8 +236,8 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
         means.add(loss=loss)
 
     model.train()
-    for step, batch in zip(steps(total, phase), batches(len(rows), visit, device)):
-        batch, visited = rows[batch], len(batch) if settings.reduction == "visited" else None  # (N,) places in the set
+    for step, batch in enumerate(steps(total, phase, batches(len(rows), visit, device))):
+        batch, visited = rows[batch], len(batch) if settings.reduction == "visited" else None    # (N,) places
         images = normalize(augment(train.pixels[batch] / train.scale, data), data)       # (N, C, H, W)
         if threshold is not None:
             # -------- pass 1, no gradient: who takes part?
@@ -240,7 +256,7 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
             continue
         waiting, waiting_rows = torch.cat([waiting, images]), torch.cat([waiting_rows, batch])
         last = step == total - 1
-        while len(waiting) >= size or (last and len(waiting) >= least):  # full batches; at the end of a pass the rest
+        while len(waiting) >= size or (last and len(waiting) >= least):    # full batches; at the end the rest
             now = len(waiting) if last and len(waiting) - size < least else size
             learn(waiting[:now], waiting_rows[:now])
             waiting, waiting_rows = waiting[now:], waiting_rows[now:]
@@ -256,22 +272,24 @@ def rate(lr, epoch, epochs):
 def check(settings):
     """Raises BadInput for settings that make no sense together."""
     if settings.queue and settings.reduction == "visited":
-        raise BadInput("--queue collects images of many visits, so --reduction visited has no meaning with it")
+        raise BadInput("--queue collects images of many visits: --reduction visited has no meaning with it")
     if settings.confidence_temperature <= 0:
         raise BadInput("--confidence-temperature must be above 0")
 
 
 @with_own_seed
 def train_teacher(teacher, data, settings, run=None, *, train):
-    """Train `teacher` in place on the images that it needs.   -> counts (M,), the part of the set used in each epoch
+    """Train `teacher` in place on the images that it needs.
 
-    `train`: an ImageSet, the real training set. Always seed 0, as all teachers here. Raises BadInput where `check` does,
-    FloatingPointError when a loss is not finite.
+    -> counts (M,), the part of the set used in each epoch.
+    `train`: an ImageSet, the real training set. Always seed 0, as all teachers here. Raises BadInput
+    where `check` does, FloatingPointError when a loss is not finite.
     """
     check(settings)
     torch.manual_seed(0)
     device, m = next(teacher.parameters()).device, len(train.labels)
-    counts, uses = torch.zeros(m, device=device), torch.zeros(settings.teacher_epochs, device=device)
+    rows, counts = torch.arange(m, device=device), torch.zeros(m, device=device)
+    uses = torch.zeros(settings.teacher_epochs, device=device)
     optimizer = build_optimizer(teacher, settings.lr_teacher, settings)
     start = run.resume(teacher=teacher, optimizer=optimizer, counts=counts, uses=uses) if run else 0
 
@@ -281,8 +299,8 @@ def train_teacher(teacher, data, settings, run=None, *, train):
         set_lr(optimizer, rate(settings.lr_teacher, epoch, settings.teacher_epochs))
         threshold = confidence_threshold(epoch, settings.alpha_epochs / settings.teacher_epochs)
         # -------- Teacher: min  mean over {i: wrong, or confidence under η} of CE(T(x_i), y_i)
-        loss, uses[epoch] = regulated_pass(teacher, optimizer, settings.teacher_batch_size, train,
-                                           torch.arange(m, device=device), losses_of, threshold, counts, data, settings, "training")
+        loss, uses[epoch] = regulated_pass(teacher, optimizer, settings.teacher_batch_size, train, rows,
+                                           losses_of, threshold, counts, data, settings, "training")
         if run:
             run.log(epoch, dict(loss_ce=loss, threshold=threshold, share=uses[epoch].item() / m,
                                 sample_uses=int(uses.sum()), never_used=int((counts == 0).sum())))
@@ -293,16 +311,17 @@ def train_teacher(teacher, data, settings, run=None, *, train):
 def distill(teacher, student, data, settings, run=None, *, train, counts=None):
     """Train `student` in place on the real images that it needs; `teacher` stays as it is.
 
-    `train`: an ImageSet, the real training set. `counts` (M,): what `train_teacher` counted; modes significance and
-    hybrid need it. `data`: a DataSpec. `run`: log and checkpoints, for main() alone. Returns how often each image took
-    part, (M,), and the part of the set used in each epoch. Raises BadInput where `check` does, without the counts that a
-    mode needs and where all are 0, FloatingPointError when a loss is not finite.
+    `train`: an ImageSet, the real training set. `counts` (M,): what `train_teacher` counted; modes
+    significance and hybrid need it. `data`: a DataSpec. `run`: log and checkpoints, for main() alone.
+    Returns how often each image took part, (M,), and the part of the set used in each epoch. Raises
+    BadInput where `check` does, without the counts that a mode needs and where all are 0,
+    FloatingPointError when a loss is not finite.
     """
     check(settings)
     device, m, mode = next(student.parameters()).device, len(train.labels), MODES[settings.mode]
     if mode.weighted and (counts is None or len(counts) != m or not counts.any()):
-        raise BadInput(f"--mode {settings.mode} needs a self-regulated teacher's counts, one for each of the {m} images, not "
-                       "all 0")
+        raise BadInput(f"--mode {settings.mode} needs a self-regulated teacher's counts, one for each of the "
+                       f"{m} images, not all 0")
     counts = torch.zeros(m, device=device) if counts is None else counts.to(device)
     weights, rows = None, torch.arange(m, device=device)
     if mode.weighted:
@@ -316,8 +335,10 @@ def distill(teacher, student, data, settings, run=None, *, train, counts=None):
             return teacher(images)                                           # (N, K)
     known = None
     if mode.taught and not data.crop and not data.flip:            # without augmentation: once for all epochs
-        known = torch.cat([ask(normalize(pixels / train.scale, data)) for pixels in train.pixels.split(1000)])  # (M, K)
-    start = run.resume(student=student, optimizer=optimizer, used=used, uses=uses, counts=counts) if run else 0
+        parts = (pixels / train.scale for pixels in train.pixels.split(1000))
+        known = torch.cat([ask(normalize(pixels, data)) for pixels in parts])             # (M, K)
+    start = run.resume(student=student, optimizer=optimizer, used=used, uses=uses,
+                       counts=counts) if run else 0
 
     def losses_of(logits, images, rows):
         if not mode.taught:
@@ -329,32 +350,36 @@ def distill(teacher, student, data, settings, run=None, *, train, counts=None):
 
     for epoch in range(start, settings.epochs):
         set_lr(optimizer, rate(settings.lr_student, epoch, settings.epochs))
-        threshold = confidence_threshold(epoch, settings.alpha_epochs / settings.epochs) if mode.regulated else None
-        # -------- Student: min  mean over {i: w_i > 0; wrong, or confidence under η} of w_i ℓ_i   (where the mode has them)
-        loss, uses[epoch] = regulated_pass(student, optimizer, settings.batch_size, train, rows, losses_of, threshold, used,
-                                           data, settings, "distillation", weights)
+        threshold = None
+        if mode.regulated:
+            threshold = confidence_threshold(epoch, settings.alpha_epochs / settings.epochs)
+        # -------- Student: min  mean over {i: w_i > 0; wrong, or confidence under η} of w_i ℓ_i  (by mode)
+        loss, uses[epoch] = regulated_pass(student, optimizer, settings.batch_size, train, rows, losses_of,
+                                           threshold, used, data, settings, "distillation", weights)
         if run:
-            run.log(epoch, dict(loss=loss, threshold=threshold, share=uses[epoch].item() / m, sample_uses=int(uses.sum()),
-                                data_fraction=uses.sum().item() / (m * (epoch + 1)), never_used=int((used == 0).sum())))
+            run.log(epoch, dict(loss=loss, threshold=threshold, share=uses[epoch].item() / m,
+                                sample_uses=int(uses.sum()), never_used=int((used == 0).sum()),
+                                data_fraction=uses.sum().item() / (m * (epoch + 1))))
     return used, uses / m
 
 
 # the settings that shape the self-regulated teacher: a file made with others is refused
-OF_TEACHER = ("teacher_epochs", "teacher_batch_size", "lr_teacher", "queue", "scan_batch_size", "alpha_epochs", "confidence",
-              "confidence_temperature", "reduction", "optimizer", "weight_decay", "clip_norm")
+OF_TEACHER = ("teacher_epochs", "teacher_batch_size", "lr_teacher", "queue", "scan_batch_size", "optimizer",
+              "alpha_epochs", "confidence", "confidence_temperature", "reduction", "weight_decay",
+              "clip_norm")
 
 
 @command_line
 def main(argv=None):
     options, settings = parse(
         "regulated_kd", __doc__, Settings, PRESETS, argv, pairs={"digits": ("lenet5", "lenet5_half")},
-        significance="the self-regulated teacher's file [checkpoints/TEACHER.regulated.pt, -queue with --queue]")
+        significance="the self-regulated teacher's file [checkpoints/TEACHER.regulated.pt, or -queue.pt]")
     check(settings)
     mode = MODES[settings.mode]
     if settings.plain_teacher and mode.weighted:
-        raise BadInput(f"--mode {settings.mode} needs the counts of a self-regulated teacher; leave out --plain-teacher")
+        raise BadInput(f"--mode {settings.mode} needs the teacher's counts; leave out --plain-teacher")
     if options.dataset in ("none", "imagenet"):
-        raise BadInput(f"regulated_kd needs real images and labels; --dataset {options.dataset} has none here")
+        raise BadInput(f"regulated_kd needs real images and labels; --dataset {options.dataset} has none")
     data = dataset_spec(options)
     teacher, student = load_networks(options, settings, data)
     train, _ = load_dataset(options.dataset, True, options.data_dir, options.device)
@@ -362,20 +387,19 @@ def main(argv=None):
     if mode.taught and not settings.plain_teacher:
         def make(stage):
             with seeded(0):
-                fresh = place_like(build_model(options.teacher_arch, data.num_classes, data.image_shape), teacher)
-            counts, shares = train_teacher(fresh, data, settings, stage, train=train)
-            return dict(fresh.state_dict(), _counts=counts, _shares=shares)
-        path = options.significance or f"checkpoints/{options.teacher_name}.regulated{'-queue' * settings.queue}.pt"
-        weights = run.cached("significance", path, {name: getattr(settings, name) for name in OF_TEACHER}, make)
-        counts = weights.pop("_counts")
-        weights.pop("_shares")
+                fresh = build_model(options.teacher_arch, data.num_classes, data.image_shape)
+            counts, _ = train_teacher(place_like(fresh, teacher), data, settings, stage, train=train)
+            return fresh.state_dict(), counts
+        kind = "regulated-queue" if settings.queue else "regulated"
+        path = options.significance or f"checkpoints/{options.teacher_name}.{kind}.pt"
+        weights, counts = run.cached("significance", path, OF_TEACHER, make)
         teacher.load_state_dict(weights)
         run.score_teacher(teacher)
         print(f"self-regulated teacher: test accuracy {run.teacher_acc:.4f}", flush=True)
     if mode.regulated and not settings.queue:
         torch.backends.cudnn.benchmark = False          # another batch size at every step: nothing to compare
         if batchnorms(student, data):
-            run.note("a student with BatchNorm learns from batches of a few hard images; --queue makes full ones")
+            run.note("a student with BatchNorm learns from few images at a time; --queue makes full batches")
     distill(teacher, student, data, settings, run, train=train, counts=counts)
     run.finish()
 

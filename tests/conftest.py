@@ -20,6 +20,7 @@ import surrogate_kd  # noqa: E402
 
 METHODS = [csd, cudfkd, dafl, deepinversion, rdskd, regulated_kd, surrogate_kd]
 DATA_FREE = [csd, cudfkd, dafl, deepinversion, rdskd]
+THREADS = min(2, torch.get_num_threads())        # OMP_NUM_THREADS=1 asks for one
 # settings with which a run takes a second or two; a new method needs one entry here and one in METHODS
 TINY = {
     csd: dict(epochs=2, batch_size=8, student_steps=3, synthesis_batch_size=10, synthesis_steps=2, latent_dim=6,
@@ -62,9 +63,12 @@ def real_images(method, teacher, data, settings):
 
 def tiny_args(method, teacher_file, **changes):
     """A command line of a method's script that takes two seconds."""
-    flags = [text for name, value in {**TINY[method], **changes}.items()
-             for text in ("--" + name.replace("_", "-"), str(value))]
-    return ["--dataset", "digits", "--teacher", str(teacher_file), "--student", "wrn10_1", "--threads", "2", *flags]
+    flags = []
+    for name, value in {**TINY[method], **changes}.items():
+        flag = name.replace("_", "-")
+        flags += ["--" + "no-" * (value is False) + flag] if isinstance(value, bool) else ["--" + flag, str(value)]
+    return ["--dataset", "digits", "--teacher", str(teacher_file), "--student", "wrn10_1", "--threads", str(THREADS),
+            *flags]
 
 
 @pytest.fixture
@@ -85,4 +89,4 @@ def teacher_file(in_tmp):
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
