@@ -969,8 +969,9 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
         if ":" not in network:
             check_model_name(network)
     arch = file.get("arch", options.teacher)
-    family = f"{name}-wrn" if arch[:3] == options.student[:3] == "wrn" else name
-    tried = f"{name}-{arch}-{options.student}", family, name + variant(flags), name
+    tried = [f"{name}-{arch}-{options.student}", name + variant(flags), name]
+    if arch[:3] == options.student[:3] == "wrn":
+        tried.insert(1, f"{name}-wrn")
     options.preset = options.preset or next((preset for preset in tried if preset in presets), None)
     if not options.preset:
         raise BadInput(f"{method} has no preset for data set '{name}'; take another's numbers with --preset: "

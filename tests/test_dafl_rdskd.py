@@ -1,5 +1,5 @@
-"""dafl.py and rdskd.py: losses and generator against numbers that the authors' functions gave (1e-6, float64);
-every phase of both distills, written anew."""
+"""dafl.py and rdskd.py: losses and generator against the authors' functions' numbers (1e-6, float64); every
+phase of both distills, written anew."""
 import math
 
 import pytest
@@ -10,7 +10,8 @@ import common
 import dafl
 import rdskd
 from conftest import tiny_args, tiny_networks, tiny_settings
-from helpers import (D, Foreign, Log, assert_close, equal, kl, near, near6, odd_teacher, refused, sure, weights_of)
+from helpers import (D, Foreign, Log, assert_close, equal, kl, near, near6, odd_teacher, refused, sure,
+                     weights_of)
 
 T = ((torch.arange(12) * 7) % 12).to(D).reshape(3, 4) / 4
 S = torch.arange(12, dtype=D).reshape(3, 4) / 10
@@ -40,12 +41,13 @@ def test_dafl_golden_1_2_4_terms_totals_with_the_presets_own_weights_and_gradien
 @BOTH
 def test_dafl_golden_3_and_rdskd_golden_5_kd(method):
     near6(method.kd_loss(S, T, 1.0), 0.2940561), near6(method.kd_loss(S, T, 4.0), kl(S, T, 4.0).mean())
-    near6(method.kd_loss(10 * S, 4 * T, 10.0), 5.9107569), near6(method.kd_loss(10 * S, 4 * T, 1.0), 1.3199027)
+    near6(method.kd_loss(10 * S, 4 * T, 10.0), 5.9107569)
+    near6(method.kd_loss(10 * S, 4 * T, 1.0), 1.3199027)
     student = S.clone().requires_grad_()
     soft = -(T.softmax(1) * student.log_softmax(1)).sum(1).mean()
     near6(soft, 1.3844015)
-    one, = torch.autograd.grad(method.kd_loss(student, T, 1.0), student)       # KL, soft CE: the same gradient
-    near6(one, torch.autograd.grad(soft, student)[0])
+    one, = torch.autograd.grad(method.kd_loss(student, T, 1.0), student)
+    near6(one, torch.autograd.grad(soft, student)[0])          # KL and soft CE: the same gradient
 
 
 @BOTH
@@ -55,8 +57,7 @@ def test_dafl_golden_5_limits(method):
     near6(method.one_hot_loss(uniform), 2.3025851), near6(method.one_hot_loss(certain), 0.0001362)
     near6(method.kd_loss(uniform, uniform, 1.0), 0.0)
     for logits, entropy in ((uniform, -1.0), (certain, -0.6020600), (certain[:1].expand(4, -1), -0.0006506)):
-        near(method.information_entropy_loss(logits) / scale * math.log(10) / math.log(10) ** (method is rdskd),
-             entropy, 1e-6)
+        near6(method.information_entropy_loss(logits) * scale / math.log(10), entropy)    # to base 10
     logits = 3 * torch.randn(7, 5, dtype=D)
     p = logits.softmax(1).mean(0)
     near(method.information_entropy_loss(logits), (p * p.log()).sum() / scale, 1e-12)
@@ -83,7 +84,8 @@ def test_dafl_golden_6_generator(method, latent_dim, channels, size, first, last
     near6(images.abs().mean(), size)                           # 0.8958080, not 0.8946518, with the usual eps
     near6(images[0, 0, 0, :4], first), near6(images[2, channels - 1, 31, -3:], last)
     if channels == 1:
-        near6(generator.layers[-1].running_mean, [0.000932]), near6(generator.layers[-1].running_var, [0.958861])
+        near6(generator.layers[-1].running_mean, [0.000932])
+        near6(generator.layers[-1].running_var, [0.958861])
         near6(generator.eval()(z).abs().mean(), 0.725995)
     weights = {1: 1_049_985, 3: 8_423_939}[channels]
     generator = method.Generator({1: 100, 3: 1000}[channels], (channels, 32, 32))
@@ -110,8 +112,9 @@ def test_rdskd_goldens_1_2_3_terms_totals_and_gradients():
                 + rdskd.increment_penalty(rdskd.information_entropy_loss(t), ie))
         near6(loss, total)
     of_t, of_x = torch.autograd.grad(loss, (t, x))
-    near6(of_t[:3], [[0.0025184, 0.0316564, -0.0395035, 0.0053287], [0.0164780, -0.0630624, 0.0120881, 0.0344963],
-                     [0.0322793, -0.1196937, 0.0609073, 0.0265071]])
+    near6(of_t[:2], [[0.0025184, 0.0316564, -0.0395035, 0.0053287],
+                     [0.0164780, -0.0630624, 0.0120881, 0.0344963]])
+    near6(of_t[2], [0.0322793, -0.1196937, 0.0609073, 0.0265071])
     near6(of_x[:2].norm(), 0.0172066)
     z1 = torch.arange(6, dtype=D).reshape(2, 3) / 5 - 0.5
     near6(rdskd.mode_seeking_loss(x, torch.cat([z1, -z1 + 0.1])), 0.5999964)
@@ -149,7 +152,8 @@ def same_pictures(one, other):
     near(one.train()(z), other.train()(z), 5e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(separate_batches=True, natural_log=True, sum_activation=True)], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, dict(separate_batches=True, natural_log=True, sum_activation=True)], ids=["default", "other readings"])
 def test_dafl_distill_equals_the_algorithm_written_anew(changes):
     settings = tiny_settings(dafl, lr_generator=5e-3, lr_student=0.02, act=0.5, warmup=0.5, **changes)
     (teacher, student, data), (_, other, _), log, features = tiny_networks(), tiny_networks(), Log(), []
@@ -170,9 +174,9 @@ def test_dafl_distill_equals_the_algorithm_written_anew(changes):
             loss = (-settings.oh * t.log_softmax(1).amax(1).mean() - 0.5 * activation
                     + settings.ie * (p * p.log()).sum() / (1 if changes else math.log(10)))
             adam.zero_grad(), loss.backward(), adam.step()
-            if changes:                                        # a second batch, of the generator after its step
-                x = generator(torch.randn(8, 6))
-            x = x.detach()                                     # else the images from before it
+            if changes:                                        # a second batch, of the generator after its
+                x = generator(torch.randn(8, 6))               # step; else the images from before it
+            x = x.detach()
             loss = kl(other(x), teacher(x).detach(), settings.temperature).mean()
             sgd.zero_grad(), loss.backward(), sgd.step()
     same_pictures(found, generator), assert_close(student, other)
@@ -182,7 +186,8 @@ def test_dafl_distill_equals_the_algorithm_written_anew(changes):
 @pytest.mark.parametrize("changes", [{}, dict(diversity="ms", penalty="fixed"),
                                      dict(diversity="none", reference="previous")], ids=str)
 def test_rdskd_phase_1_equals_the_algorithm_written_anew(changes):
-    settings = tiny_settings(rdskd, generator_steps=4, lr_generator=5e-3, oh=0.7, ie=1.5, diversity_weight=2.0, **changes)
+    settings = tiny_settings(rdskd, generator_steps=4, lr_generator=5e-3, oh=0.7, ie=1.5, diversity_weight=2.0,
+                             **changes)
     (teacher, _, data), references = tiny_networks(), (0.0, 0.0)
     found = rdskd.train_generator(sure(teacher), data, settings)
     teacher.eval()
@@ -215,9 +220,10 @@ def test_rdskd_a_reference_is_that_of_a_rounds_second_step_or_of_the_step_before
         losses.append(loss.item()), references.append(reference.item())
         return penalty(loss, reference)
     monkeypatch.setattr(rdskd, "increment_penalty", look)
-    (teacher, _, data), rounds = tiny_networks(), dict(generator_epochs=3, generator_steps=5, reference=reference)
-    rdskd.train_generator(teacher, data, tiny_settings(rdskd, **rounds))
-    for found, remembered in ((losses[::2], references[::2]), (losses[1::2], references[1::2])):  # certain, spread
+    (teacher, _, data), rounds = tiny_networks(), dict(generator_epochs=3, generator_steps=5)
+    rdskd.train_generator(teacher, data, tiny_settings(rdskd, **rounds, reference=reference))
+    for term in (0, 1):                                        # certainty and spread take turns
+        found, remembered = losses[term::2], references[term::2]
         late = [1] * 5 + [6] * 5 + [11] * 3 if reference == "epoch" else range(1, 14)
         assert len(set(found)) == 15 and remembered[2:] == [found[step] for step in late]
         assert remembered[:2] == ([0, 0] if reference == "epoch" else [0, found[0]])
@@ -256,7 +262,7 @@ def test_what_the_scripts_refuse(teacher_file, in_tmp, capsys):
                                    (rdskd, ["--diversity", "lots"], "choose from ds, ms, none"),
                                    (rdskd, ["--penalty", "2"], "choose from exp, fixed"),
                                    (dafl, ["--warmup", "1"], "under 1"),
-                                   (dafl, ["--teacher", "test_dafl_rdskd:Functional"], "Functional has none")):
+                                   (dafl, ["--teacher", "test_dafl_rdskd:Functional"], "has none")):
         assert message in refused(method, [*tiny_args(method, teacher_file), *flags], capsys)
     for method in (dafl, rdskd):
         assert "multiples of 4, not 10x10" in refused(method, odd_teacher(in_tmp), capsys)
