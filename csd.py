@@ -5,7 +5,7 @@ The idea. A generator is fitted from scratch, again and again, each time to make
 a frozen teacher puts into the classes we ask for and whose BatchNorm statistics are those of real data.
 To make images that are *hard for this student*, a small auxiliary head on the student's features learns
 to name class and rotation of each rotated image, and the generator is rewarded for every mistake of that
-head. The best batch of each round joins a bank that only grows. Student and head learn from the bank.
+head. The least-loss batch of each fit joins a bank that only grows. Student and head learn from it.
 
      z, G ──► pixels ──► A: crop, flip, normalise ──► images u ─┬──► teacher ──► CE(y), BN statistics ──────┐
      ▲                                                          └──► 4 rotations ──► student ──► head ─► -CE ┤
@@ -29,15 +29,15 @@ Sources [abstract] the paper's · [code] the authors' code · [inferred] a recon
         here.
 
 Where paper, authors' code and this file differ
- 1. The code also L2-normalises the head's logits, without a temperature, which bounds its CE (K = 10:
+ 1. The code L2-normalises the head's logits, without a temperature, which bounds its CE (K = 10:
     2.719 to 4.686; chance ln 40 = 3.689). Followed; with --raw-head -10 CE is unbounded, the weight no
     longer comparable.
- 2. The head's weights are drawn anew each epoch, its SGD momentum is kept [code]. --fresh-head-optimizer.
+ 2. The head's weights are drawn anew each epoch, its SGD momentum is kept [code]; --fresh-head-optimizer.
  3. The head that measures difficulty was fitted in the epoch before; in the first it is untrained [code].
  4. The regression weight 30 is a default deep in the authors' parser, not in script or README. Kept:
     --feature.
  5. Labels in the bank are the classes asked for, also where the teacher disagrees [code]. The log's
-    `target_acc` is the fraction of the student's batches on which it agrees.
+    `target_acc` is the part of the images in the student's batches on which it agrees.
  6. The bank stores floor(255 x) [code, via PNG files]: the same values here, in one tensor, without files
     that two runs could mix up. Stage 1's bank is kept by seed and reused by every student of the same
     teacher.
@@ -113,7 +113,7 @@ PRESETS = {
 def kd_loss(student_logits, teacher_logits, temperature):
     """T² KL(teacher || student) at temperature T, mean over the batch [code: T = 20].
 
-    (N, K), (N, K) -> () At least 0. The student should give the teacher's probabilities. T² keeps the
+    (N, K), (N, K) -> (), at least 0. The student should give the teacher's probabilities. T² keeps the
     gradient's size as T grows.
     """
     log_student = F.log_softmax(student_logits / temperature, dim=1)
@@ -313,8 +313,10 @@ def synthesize(teacher, data, settings, total_steps, student=None, head=None):
                 loss_adversarial = adversarial_loss(student(images), teacher_logits)
             loss = (settings.oh * loss_oh + settings.bn * loss_bn
                     + settings.csd * loss_csd + settings.adversarial * loss_adversarial)
-            better = loss.detach() < best_loss    # keep the pixels from before this step's update, as a copy:
-            best_pixels = torch.where(better, pixels.detach(), best_pixels)              # G moves on
+            # keep a copy of the pixels of least loss, from before this step's update; the loss is seen
+            # through a random crop
+            better = loss.detach() < best_loss
+            best_pixels = torch.where(better, pixels.detach(), best_pixels)
             best_loss = torch.where(better, loss.detach(), best_loss)
             optimizer.zero_grad()
             loss.backward()
@@ -384,9 +386,9 @@ def distill(teacher, student, data, settings, run=None, bank=None):
         made, targets, losses = synthesize(teacher, data, settings, settings.synthesis_steps, student, head)
         end = len(first_labels) + (epoch + 1) * n
         pixels[end - n:end], labels[end - n:end] = to_bytes(made), targets
-        reinitialize(head)                                     # easy to overlook: a fresh head each epoch ...
+        reinitialize(head)                 # easy to overlook: new weights each epoch, the old momentum [code]
         if settings.fresh_head_optimizer:
-            head_optimizer.state.clear()                         # ... in the code with the old one's momentum
+            head_optimizer.state.clear()
 
         set_lr(optimizer, cosine(settings.lr_student, epoch, settings.epochs))
         means = Means()
@@ -443,7 +445,7 @@ def main(argv=None):
     names = settings.teacher_last_map, settings.student_last_map
     teacher, student = load_networks(options, settings, data, lambda model: last_map(model, names[0], data))
     maps = [last_map(model, name, data) for model, name in zip((teacher, student), names)]
-    last_linear(student)
+    last_linear(student)                                                     # refuses a student without one
     run = Run(options, settings, teacher, student, data)
     if settings.feature and (None, None) in maps:
         run.note("the feature term is off: name the last maps, --teacher-last-map, --student-last-map")

@@ -41,13 +41,13 @@ Where paper, authors' code and this file differ
  4. The code takes the entropy at the distillation's temperature, 20 on CIFAR-10, where it is nearly ln K
     for any images. The presets follow; here it has its own flag, --entropy-temperature. The adversarial
     term always has temperature 3 [code].
- 5. The code adds g to α after every epoch between two marks, and a fixed number to λ after every student
-    step. The presets hold start and end, as they come out over the authors' epochs, so that --epochs
-    keeps the curve; a run of one or two epochs is too short for α to rise.
- 6. The ten batches of a round are made in one pass of generator and teacher, both fixed and in eval mode:
-    the same mathematics. BN statistics are taken in the generator's step only. In the code every teacher
-    pass takes them, fixed weights get gradients, and each step waits for two accuracies
-    (benchmarks/throughput.py).
+ 5. The code adds a fixed amount to α after every epoch between two marks, and a fixed number to λ after
+    every student step. The presets hold start and end, as they come out over the authors' epochs, so that
+    --epochs keeps the curve; a run of one or two epochs is too short for α to rise.
+ 6. The ten batches of a round are made together, --images-per-pass at a time, by generator and teacher,
+    both fixed and in eval mode: the same mathematics. BN statistics are taken in the generator's step
+    only. In the code every teacher pass takes them, fixed weights get gradients, and each step waits for
+    two accuracies (benchmarks/throughput.py).
  7. Generated images are not augmented and not kept [code]. The code's activation term has weight 0 in
     every script and its Jensen-Shannon variant of the adversarial term is in none; its squared loss sums
     over elements. All left out.
@@ -96,7 +96,7 @@ class Settings:
     adversarial_end: float = 62.0       # α after the ramp
     ramp: bool = True                   # let α rise; --no-ramp holds it at its start
     ramp_begin: float = 0.25            # part of the run at which α begins to rise
-    ramp_end: float = 0.75              # part of the run at which α ends to rise
+    ramp_end: float = 0.75              # part of the run at which α stops rising
     curriculum: Literal["log", "soft", "hard", "none"] = "log"  # how a loss becomes a weight; none: all 1
     granularity: Literal["sample", "batch"] = "sample"         # a weight for each image, or one for the batch
     age_start: float = 2.0              # λ at the start: losses above it are hard
@@ -113,10 +113,10 @@ CIFAR100 = replace(CIFAR10, epochs=400, batch_size=768, synthesis_batch_size=768
                    entropy_temperature=5.0, age_start=1.0, age_end=4.2, adversarial_end=83.65, ramp_begin=0.2,
                    ramp_end=0.8)
 LARGE = dict(batch_size=1024, synthesis_batch_size=1024)
-WIDE = replace(CIFAR10, **LARGE, student_loss="kl", adversarial_start=0.5)          # Wide ResNets on CIFAR-10
+WIDE = replace(CIFAR10, **LARGE, student_loss="kl", adversarial_start=0.5)          # of all pairs with KL
 WIDE100 = replace(CIFAR100, **LARGE, student_loss="kl", temperature=2.0, entropy_temperature=2.0,
                   ramp_end=0.75)
-PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
+PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named. They weight by batch, see 1
     "cifar10": CIFAR10,
     "cifar10-vgg11-resnet18": replace(CIFAR10, **LARGE, student_loss="kl"),               # commit 7eddc65
     "cifar10-wrn40_2-wrn16_1": replace(WIDE, adversarial_end=6.7),
@@ -172,10 +172,10 @@ def curriculum_weights(losses, age, curriculum="log"):
     any shape, age above 0 -> the same, in [0, 1].
     hard   1 where ℓ < λ, else 0
     soft   1 - ℓ/λ, at least 0
-    log    (1 + e^-λ) / (1 + e^(ℓ-λ)): 1 at ℓ = 0, about ½ at ℓ = λ, above 0
+    log    (1 + e^-λ) / (1 + e^(ℓ-λ)): 1 at ℓ = 0, (1 + e^-λ)/2 at ℓ = λ, above 0
     none   1
-    What is too hard for now counts less. As λ grows, all weights go to 1. Raises ValueError for another
-    word.
+    What is too hard for now counts less, but for none. As λ grows, all weights go to 1. Raises ValueError
+    for another word.
     """
     if curriculum == "hard":
         return (losses < age).to(losses.dtype)
@@ -250,10 +250,11 @@ def bn_loss(statistics, running):
 
 
 def adversarial_loss(student_logits, teacher_logits):
-    """-1/N Σ over images that both see in one class of 9 KL(teacher || student), T = 3 [code].
+    """-9/N Σ KL(teacher || student) at T = 3, over images that both put into one class [code].
 
-    (N, K) twice -> () At most 0. Asks for images on which the student is not yet confident. Images on
-    which the predicted classes differ are masked out, which keeps the generator near the teacher's data.
+    (N, K), (N, K) -> (), at most 0. Asks for images on which the student differs from the teacher in
+    confidence. Images on which the predicted classes differ are masked out, which keeps the generator near
+    the teacher's data.
     """
     log_student, teacher_p = F.log_softmax(student_logits / 3, dim=1), F.softmax(teacher_logits / 3, dim=1)
     agree = student_logits.argmax(1) == teacher_logits.argmax(1)             # (N,)
@@ -294,7 +295,7 @@ class Generator(nn.Module):
                        nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]    # (N, 128, H/2, W/2) ...
         layers += [nn.Conv2d(width, channels, 3, padding=1), nn.Sigmoid()]   # (N, C, H, W)
         self.layers = nn.Sequential(*layers)
-        for module in self.modules():                                        # [code]
+        for module in self.modules():                                        # DCGAN's initialisation [code]
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d)):
                 nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
                 if module.bias is not None:

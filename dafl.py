@@ -5,7 +5,7 @@ github.com/huawei-noah/Data-Efficient-Model-Compression, folder DAFL, commit 5e8
 The idea. A frozen teacher takes the place of a GAN's discriminator. A generator learns to make images
 that the teacher puts into one class with certainty, that excite its features, and that spread over all
 classes within a batch. Meanwhile the student learns to answer like the teacher on these images. The
-generator never looks at the student, and nothing asks for images that differ from one another (rdskd.py).
+generator never looks at the student, and nothing asks for images that differ (rdskd.py adds that).
 
      z ──► G ──► images ─┬──► teacher ─┬─► logits ──► certain of each image · all classes in a batch ─┐
            ▲             │             ├─► features ──► large ────────────────────────────────────────┤
@@ -236,7 +236,7 @@ def distill(teacher, student, data, settings, run=None):
                 (settings.oh * loss_oh + settings.ie * loss_ie + settings.act * loss_act).backward()
                 generator_optimizer.step()
 
-                # -------- (2) Student: min  T² KL(teacher || student)  on these images, from before that step
+                # -------- (2) Student: min  T² KL(teacher || student)  on these images (or a second batch)
                 if settings.separate_batches:
                     with torch.no_grad():
                         images, teacher_logits = draw()

@@ -32,10 +32,10 @@ Sources [code] the authors' code · [issues] the authors' answers there · [pape
 
 Where paper, authors' code and this file differ
  1. The authors published the synthesis alone. The student's half is put together from [issues]: students
-    start untrained, a set of DI images comes first, then a new ADI batch every 50 student steps, 1,000
-    batches of 256 in all, temperature 3. T² is [inferred]. How many batches come first was not published:
-    40 on CIFAR-10 is [inferred]. An epoch makes its batch before its student steps [DataFree]; the issues
-    speak of the opposite order.
+    start untrained, a set of DI images comes first, then a new ADI batch every 50 student steps [paper,
+    quoted there], 1,000 batches of 256 in all, temperature 3. T² is [inferred]. How many batches come
+    first was not published: 40 on CIFAR-10 is [inferred]. An epoch makes its batch before its student
+    steps, as in [DataFree]; the authors' order is not documented.
  2. The competition term takes KL in the direction opposite to the paper's, of probabilities clamped to
     [0.01, 0.99] that no longer sum to 1, and clamps the batch's mean to [0, 1] [code]. Followed. J so
     written can pass 1 (1.6 for two certain and different answers of 10 classes); there the term is 0
@@ -50,9 +50,9 @@ Where paper, authors' code and this file differ
     TV by Frobenius norms over the batch [code], or --tv-l1: the mean of absolute differences [code,
     ImageNet; DataFree].
  6. The pool is augmented with the data set's crop and flip before the student sees it [DataFree].
- 7. Hooks live in the synthesis alone. The authors' CIFAR script adds new ones with every batch, and
-    counts the BN term as often. Frozen networks get no weight gradients, nothing waits for `.item()`: the
-    same mathematics up to rounding.
+ 7. Hooks live in the synthesis alone. The authors' CIFAR script adds new ones with every batch and never
+    removes them: batch n computes the statistics n times. Frozen networks get no weight gradients,
+    nothing waits for `.item()`: the same mathematics up to rounding.
  8. The ImageNet preset is the synthesis of the authors' command line (--first-bn 10 is younger than the
     paper), with random classes where they list 42 classes twice. It is sized for --synthesize-only: their
     140,000 images would be a pool of 42 GB.
@@ -128,7 +128,8 @@ PRESETS = {
         low_resolution_steps=2000, lr_images=0.25, beta1=0.5, beta2=0.9, warm_cosine=True, bn=0.01,
         first_bn=10.0, tv=1e-4, l2=1e-5, l2_per_image=True, competition=0.2, jitter=30, mirror=True,
         clip=True, cycle_targets=False),
-    # [inferred], among two dozen kinds of images that a second network judged; 7 trials by test accuracy
+    # [inferred]: 7 trials by test accuracy, the last of them among two dozen kinds of images that a second
+    # network had judged
     "digits": replace(CIFAR10, epochs=8, batch_size=128, student_steps=120, initial_batches=3, pool_batches=8,
                       synthesis_batch_size=128, synthesis_steps=150, lr_images=0.3, bn=0.3, tv=0.01, jitter=1,
                       clip=True, weight_decay=5e-4),
@@ -139,7 +140,7 @@ PRESETS = {
 def kd_loss(student_logits, teacher_logits, temperature):
     """T² KL(teacher || student) at temperature T, mean over the batch [issues: T = 3] [inferred: T²].
 
-    (N, K), (N, K) -> () At least 0. The student should give the teacher's probabilities. T² keeps the
+    (N, K), (N, K) -> (), at least 0. The student should give the teacher's probabilities. T² keeps the
     gradient's size as T grows.
     """
     log_student = F.log_softmax(student_logits / temperature, dim=1)
@@ -162,8 +163,7 @@ def bn_loss(statistics, running, first=1.0):
 
     -> (), at least 0.
     Two lists of (mean, var), (channels,) each: of a layer's input x, and what the layer remembers from
-    real data. Plain
-    norms, not squared.   var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    real data. Plain norms, not squared. Of x:   var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     """
     norms = [torch.linalg.vector_norm(var - running_var) + torch.linalg.vector_norm(mean - running_mean)
              for (mean, var), (running_mean, running_var) in zip(statistics, running, strict=True)]
@@ -180,7 +180,7 @@ def tv_loss(images):
     """Σ over four directions of the norm of all differences in the batch [code: TV₂].
 
     (N, C, H, W) -> (), at least 0. Natural images are smooth. Not squared, over the whole batch: it grows
-    with √N; its weights are tuned for N = 256.
+    with √N; CIFAR's weight is tuned for N = 256.
     """
     return sum(torch.linalg.vector_norm(difference) for difference in neighbour_differences(images))
 
@@ -232,7 +232,7 @@ def warm_cosine(lr, step, total):
 
 
 def random_int(below):
-    return int(torch.randint(below, ()))        # drawn on the CPU: `roll` wants numbers, and a GPU would wait
+    return int(torch.randint(below, ()))       # on the CPU: roll needs numbers; reading a GPU's would wait
 
 
 def synthesize(teacher, data, settings, student=None):
@@ -251,14 +251,14 @@ def synthesize(teacher, data, settings, student=None):
     layers, means = batchnorms(teacher, data), Means()
     running = [(layer.running_mean, layer.running_var) for layer in layers]
     with frozen(teacher, *([student] if student else [])), recorded_statistics(layers) as statistics:
-        for total, pool in ((settings.low_resolution_steps, 2), (settings.synthesis_steps, 1)):
+        for total, shrink in ((settings.low_resolution_steps, 2), (settings.synthesis_steps, 1)):
             optimizer = torch.optim.Adam([x], settings.lr_images, betas=(settings.beta1, settings.beta2))
             best_x, best_loss = x.detach(), torch.tensor(math.inf, device=device)
             for step in steps(total, "synthesis"):
                 if settings.warm_cosine:
                     set_lr(optimizer, warm_cosine(settings.lr_images, step, total))
-                images = F.avg_pool2d(x, pool) if pool > 1 else x           # (N, C, H, W) or (N, C, H/2, W/2)
-                reach = settings.jitter // pool
+                images = F.avg_pool2d(x, shrink) if shrink > 1 else x      # (N, C, H, W) or (N, C, H/2, W/2)
+                reach = settings.jitter // shrink
                 down, right = random_int(2 * reach + 1) - reach, random_int(2 * reach + 1) - reach
                 images = torch.roll(images, (down, right), (2, 3))        # what leaves on one side comes back
                 if settings.mirror and random_int(2):
@@ -294,7 +294,7 @@ def synthesize(teacher, data, settings, student=None):
 def synthesize_pool(teacher, data, settings, run=None):
     """DI batches from the teacher alone, for every student of it.
 
-    -> images (M, C, H, W) float16, targets (M,)
+    -> images (P, C, H, W) float16, targets (P,)
     `run`: log and checkpoints, for main() alone. Raises BadInput if the teacher has no BatchNorm.
     """
     refuse_without_batchnorm(teacher, data)
@@ -323,7 +323,7 @@ def distill(teacher, student, data, settings, run=None, pool=None):
     """Train `student` in place on images made from `teacher`, which stays as it is. No real image comes in.
 
     `data`: a DataSpec. `pool`: what `synthesize_pool` returned; made here if it is None. `run`: log and
-    checkpoints, for main() alone. Returns all images (M, C, H, W), float16 and normalised, and their
+    checkpoints, for main() alone. Returns all images (P, C, H, W), float16 and normalised, and their
     targets (M,). Raises BadInput if the teacher has no BatchNorm, FloatingPointError when a loss is not
     finite.
     """
@@ -344,8 +344,9 @@ def distill(teacher, student, data, settings, run=None, pool=None):
                        targets=pool_targets) if run else 0
 
     for epoch in range(start, settings.epochs):
-        # -------- (1) Images: min  CE(T(x), y) + w_bn L_bn + w_tv TV + w_l2 ‖x‖ + w_c (1 - J(T(x), S(x)))
-        end, losses = len(first_targets) + min(epoch + 1, adaptive) * n, {}
+        # -------- (1) Images: min  CE(T(x), y) + α_f L_bn + α_tv TV + α_l2 ‖x‖ + α_c (1 - J(T(x), S(x)))
+        end = len(first_targets) + min(epoch + 1, adaptive) * n                # of what the pool holds by now
+        losses = {}
         if epoch < adaptive:
             rival = student if settings.competition else None
             made, targets, losses = synthesize(teacher, data, settings, rival)

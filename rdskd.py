@@ -28,7 +28,7 @@ Where paper, authors' code and this file differ
  1. "Exponential penalty on loss increments" [abstract]: the code remembers each loss at the second step
     of a round and uses it until the second step of the next; in the first two steps of all it is 0.
     Followed; --reference previous remembers the loss of every step, and both weights stay near 1.
- 2. The diversity term is one ratio of whole-batch norms [code], not a mean over pairs. The code's 1 /
+ 2. The diversity term is one ratio of norms over half batches [code], not a mean over pairs. The code's 1 /
     (ratio + 1e-20) has a NaN gradient where both halves get one answer, and is 1e20 where both are one
     image, as in a collapse. Here it is d_P / (d_x + 1e-8): the same up to 1e-8, its gradient always
     finite.
@@ -44,7 +44,7 @@ Where paper, authors' code and this file differ
     once an epoch (--eval-every). Both report the last student.
  8. The teacher sees both halves in one pass, frozen networks get no weight gradients, phase 2 builds no
     graph for generator and teacher: the same mathematics.
- 9. The generator is kept by teacher, seed and kind, and reused: phase 1 does not know the student.
+ 9. Phase 1's generator is kept in checkpoints/ by teacher, seed and kind, and reused by other students.
 10. Teachers: the authors' are trained for 199 (MNIST, SGD 1e-3 without momentum) or 499 epochs, SVHN's by
     Adam at 0.01, left over from a shared schedule; here common.py's recipe. SVHN is normalised with 0.5,
     there with its own mean and deviation.

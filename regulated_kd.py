@@ -8,7 +8,7 @@ this: one whose losses are weighted by significance, one that regulates itself a
 that does both. The method needs all real images and labels, and takes steps on few of them.
 
      all images, labels ══► network in training ══► wrong? or not confident? ══no══► not this time
-                              (a cheap pass)               ║ yes: count it
+                              (a cheap scan)               ║ yes: count it
                                                            ▼
      these images ──► network in training ──► loss ──► gradient                       (══► no gradient)
 
@@ -19,8 +19,9 @@ Run     python regulated_kd.py --dataset digits      RESULTS
         python regulated_kd.py --dataset mnist --mode hybrid      LeNet-5 to LeNet-5-half
 Copy    confidence, participates, confidence_threshold, significance_weights, kd_losses, cckd_losses,
         reduced_loss, regulated_pass, rate, train_teacher, distill
-Letters N batch, N' of them chosen, K classes, C H W image, M images in the training set, M' of them with
-        w > 0 · η threshold, w weight.
+Letters N batch, N' of them chosen, K classes, C H W image x, label y, M images in the training set, M' of
+        them with w > 0 · η threshold, α its speed, n epoch, w weight, ℓ loss · T temperature in a loss,
+        else the teacher · q the teacher's probabilities, λ that of the true class.
 Words   A pass goes once over the set; so does an epoch. A scan is the cheap look that decides who takes
         part.
 Sources [abstract] of this paper · [CCKD] the same authors' next paper, arXiv 2107.06993, whose algorithm
@@ -47,16 +48,16 @@ What is known, and what this file chose
  6. [CCKD] is written image by image; minibatches are [unofficial code], chosen whole, with the weights
     from before their step. If no image of a batch is chosen, the step is skipped: weights, momentum and
     decay stay [inferred].
- 7. Two passes: a scan in eval mode and without gradients, then a full pass over the chosen [inferred].
-    One pass with a masked loss is the same without BatchNorm, and saves nothing. --queue collects the
+ 7. Scan and step: a scan in eval mode and without gradients, then a step on the chosen [inferred]. One
+    forward with a masked loss is the same without BatchNorm, and saves nothing. --queue collects the
     chosen to full batches; the weights have moved a little since they were chosen. With BatchNorm take
     --queue, which makes batches large enough to normalise; their statistics come from hard images alone.
-    A single image cannot be normalised: at the end of a pass --queue adds it to the batch before,
-    otherwise it is ignored.
+    A single image cannot be normalised: at the end of a pass --queue adds it to the batch before. If
+    there is none, and without --queue, it is ignored and not counted.
  8. Whether the paper's plain distillation had the self-regulated teacher is unknown: --mode kd takes it,
-    --plain-teacher the usual one, which is trained by common.py's recipe (other batch size and schedule),
-    and first in any case. The log's start row has the usual teacher's accuracy, its end row that of the
-    teacher who taught.
+    --plain-teacher the usual one, which common.py trains by its own recipe (other batch size and
+    schedule), first and even if it is not used. The log's start row has the usual teacher's accuracy, its
+    end row that of the teacher who taught.
 """
 import math
 from dataclasses import dataclass, replace
@@ -73,7 +74,8 @@ from common import (BadInput, Means, Run, augment, batches, batchnorms, build_mo
 # ------------------------------------------------------------------------------------------- hyperparameters
 @dataclass(frozen=True)
 class Settings:
-    """MNIST, LeNet-5 to LeNet-5-half. All [inferred] but alpha_epochs and hard [unofficial code]."""
+    """MNIST, LeNet-5 to LeNet-5-half. All [inferred], but [unofficial code]: alpha_epochs, hard, Adam 1e-3.
+    """
     epochs: int = 10                    # passes over the set
     batch_size: int = 128               # the student's
     teacher_epochs: int = 10            # passes over the set in the self-regulated teacher's training
@@ -184,12 +186,12 @@ def kd_losses(student_logits, teacher_logits, labels, temperature, hard=0.3):
 def cckd_losses(student_logits, teacher_logits, labels, temperature=1.0):
     """CE with λ q + (1 - λ) onehot(y), λ the teacher's probability of the true class [CCKD, variant T].
 
-    (N, K), (N, K), (N,) -> (N,) At least 0. The more the teacher is right about an image, the more its
+    (N, K), (N, K), (N,) -> (N,), at least 0. The more the teacher is right about an image, the more its
     answer counts instead of the label.
     """
     teacher_p = F.softmax(teacher_logits / temperature, dim=1)
-    trust = F.softmax(teacher_logits, dim=1).gather(1, labels[:, None])      # (N, 1)
-    target = trust * teacher_p + (1 - trust) * F.one_hot(labels, teacher_logits.shape[1])      # sums to 1
+    lam = F.softmax(teacher_logits, dim=1).gather(1, labels[:, None])        # λ (N, 1)
+    target = lam * teacher_p + (1 - lam) * F.one_hot(labels, teacher_logits.shape[1])          # sums to 1
     return -(target * F.log_softmax(student_logits / temperature, dim=1)).sum(1)
 
 
@@ -218,11 +220,11 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
     date in place.
     -> mean loss, the number of images that took part
     """
-    device, means, used = rows.device, Means(), 0
+    device, means, before = rows.device, Means(), counts.sum()
     least = 2 if batchnorms(model, data) else 1            # BatchNorm cannot normalise a single 1x1 map
     queueing = settings.queue and threshold is not None
-    visit = settings.scan_batch_size if queueing else size
-    total = math.ceil(len(rows) / visit)
+    scan_size = settings.scan_batch_size if queueing else size
+    total = math.ceil(len(rows) / scan_size)
     waiting, waiting_rows = torch.empty(0, *data.image_shape, device=device), rows[:0]   # the queue
 
     def learn(images, rows, visited=None):
@@ -233,26 +235,25 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
+        counts[rows] += 1                                                    # an image comes once in a pass
         means.add(loss=loss)
 
     model.train()
-    for step, batch in enumerate(steps(total, phase, batches(len(rows), visit, device))):
-        batch, visited = rows[batch], len(batch) if settings.reduction == "visited" else None    # (N,) places
+    for step, batch in enumerate(steps(total, phase, batches(len(rows), scan_size, device))):
+        batch = rows[batch]                                                  # (N,) places in the set
+        visited = len(batch) if settings.reduction == "visited" else None
         images = normalize(augment(train.pixels[batch] / train.scale, data), data)       # (N, C, H, W)
         if threshold is not None:
-            # -------- pass 1, no gradient: who takes part?
+            # -------- scan, no gradient: who takes part?
             with torch.no_grad(), frozen(model):
                 logits = model(images)                                       # (N, K)
             chosen = participates(logits, train.labels[batch], threshold, settings.confidence,
                                   settings.confidence_temperature)
             batch, images = batch[chosen], images[chosen]                    # (N',), (N', C, H, W)
-            if not queueing and len(batch) < least:
-                continue
-        counts[batch] += 1                                                   # an image comes once in a batch
-        used += len(batch)
-        # -------- pass 2, of the chosen: the loss, its gradient, a step
+        # -------- step on the chosen
         if not queueing:
-            learn(images, batch, visited)
+            if len(batch) >= least:
+                learn(images, batch, visited)
             continue
         waiting, waiting_rows = torch.cat([waiting, images]), torch.cat([waiting_rows, batch])
         last = step == total - 1
@@ -260,7 +261,7 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
             now = len(waiting) if last and len(waiting) - size < least else size
             learn(waiting[:now], waiting_rows[:now])
             waiting, waiting_rows = waiting[now:], waiting_rows[now:]
-    return means.take().get("loss"), used
+    return means.take().get("loss"), counts.sum() - before
 
 
 def rate(lr, epoch, epochs):

@@ -201,7 +201,7 @@ def augment_surrogates(pixels, settings):
         operations = v2.RandAugment(settings.randaugment, settings.magnitude, fill=fill.tolist(),
                                     interpolation=InterpolationMode.BILINEAR)
         pixels = torch.cat([operations(part) for part in pixels.split(8)]).clamp(0, 1)   # a draw for 8 images
-    if settings.elastic:      # about a pixel at 32x32
+    if settings.elastic:      # by about a pixel
         bend = v2.RandomApply([v2.ElasticTransform(50.0 * side / 32, 5.0 * side / 32)], 0.5)
         pixels = torch.cat([bend(part) for part in pixels.split(8)])
     if settings.invert:
@@ -352,7 +352,8 @@ def balanced_pool(teacher, data, settings, draw, available=None, run=None):
             with torch.no_grad(), frozen(teacher):
                 predicted = teacher(normalize(fresh / 255, data)).argmax(1)  # (n,)
             one_hot = F.one_hot(predicted, classes)                          # (n, K)
-            rank = seen[predicted] + (one_hot.cumsum(0) * one_hot).sum(1) - 1        # of its class, before it
+            # so many of its class came before
+            rank = seen[predicted] + (one_hot.cumsum(0) * one_hot).sum(1) - 1
             place = at + torch.arange(len(fresh), device=device)
             if settings.balance:
                 place = predicted * quota + rank
@@ -418,8 +419,8 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
     for epoch in range(start, settings.epochs):
         set_lr(optimizer, 1e-6 + cosine(settings.lr_student - 1e-6, epoch, settings.epochs))
         # -------- (1) Pixels, now and then: across a boundary of the teacher, min CE(T(x), target)
-        number, before = (at * settings.attacks // settings.epochs for at in (epoch, epoch - 1))
-        if share and number > before:                                     # four images of each origin at most
+        due, done = (at * settings.attacks // settings.epochs for at in (epoch, epoch - 1))
+        if share and due > done:                                          # four images of each origin at most
             origins = torch.randperm(m, device=device)[:math.ceil(len(attacked) / 4)].split(256)
             across.zero_()
             for rows in steps(len(origins), "boundary", iter(origins)):
@@ -513,8 +514,8 @@ def main(argv=None):
     share = found["class_share"]
     run.note(f"{name}, {len(labels)} pictures: relative entropy of predictions "
              f"{found['relative_entropy']:.3f}, augmented {found['relative_entropy_augmented']:.3f}; class "
-             f"{share.index(max(share))} has {100 * max(share):.0f} %, {share.count(0)} of {len(share)} none; "
-             f"mean confidence {found['confidence']:.3f}; feature spread {found['feature_spread']:.3f}",
+             f"{share.index(max(share))} has {100 * max(share):.0f} %, {share.count(0)} of {len(share)} none;"
+             f" mean confidence {found['confidence']:.3f}; feature spread {found['feature_spread']:.3f}",
              event="surrogate", relative_entropy_before=relative_entropy(seen), **found)
     if options.inspect_only:
         shown = torch.randperm(len(labels))
@@ -560,7 +561,7 @@ def spectrum_images(n, size, device="cpu"):
 
 
 def leaf_radius_cdf(smallest=0.03):
-    """200 radii, in sides of the picture, and how many leaves are smaller: density r^-3 - 1 [generators].
+    """200 radii, in sides of the picture, and what part of leaves is smaller: density r^-3 - 1 [generators].
 
     -> (200,), (200,)
     """
@@ -695,9 +696,7 @@ def shader_images(n, size, device="cpu", width=24, layers=4):
 
 
 def random_generator_images(n, size, device="cpu", widths=(64, 48, 32, 24)):
-    """A StyleGAN-like generator whose weights were never trained; one draw of weights for all n, so ask for 50
-    to 100 [generators].
-    """
+    """A StyleGAN-like generator, never trained; one draw of weights for all n: ask for 50 to 100 [generators]."""
     normal = partial(torch.randn, device=device)
     uniform = partial(torch.rand, device=device)
 

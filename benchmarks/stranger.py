@@ -1,12 +1,12 @@
 """Would a classifier that had no part in making the images see the classes that were asked for?
 
     python deepinversion.py --dataset digits --synthesize-only 512 --out runs/images
-    python benchmarks/stranger.py runs/images/images.pt --dataset digits --model wrn16_1 --seed 1 [--log benchmarks/results/NAME.jsonl]
+    python benchmarks/stranger.py runs/images/images.pt --dataset digits --model wrn16_1 --seed 1
 
-Trains a classifier of another width and seed on the real training set, by the teachers' recipe, and prints its test accuracy and
-the fraction of images whose target it names.
+Trains a classifier of another width and seed on the real training set, by the teachers' recipe. Prints its
+test accuracy and the fraction of images whose target it names. --log benchmarks/results/NAME.jsonl keeps
+both.
 """
-import argparse
 import json
 import math
 import sys
@@ -16,55 +16,63 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (BadInput, DataSpec, Shuffled, accuracy, augment, cosine, frozen, load_dataset, normalize, predict,  # noqa: E402
-                    seeded, set_lr)
-from models import build_model  # noqa: E402
-from run import device_name, read_file, recipe_of, versions  # noqa: E402
+from common import (BadInput, DataSpec, ImageSet, _number, _Parser, accuracy, augment, batches, build_model,
+                    build_optimizer, command_line, cosine, device_name, load_dataset, normalize, predict,
+                    read_file, recipe_of, seeded, set_lr, set_up_device, steps, versions)
 
 
-def stranger(arch, dataset, data_dir, seed, device):
-    """-> (model, test accuracy)"""
-    train, data = load_dataset(dataset, True, data_dir, device)
-    test, _ = load_dataset(dataset, False, data_dir, device)
-    recipe = recipe_of(arch, dataset)
-    if recipe["optimizer"] != "sgd":
-        raise BadInput(f"{arch} has no BatchNorm and another recipe; take a wrnDEPTH_WIDTH, resnet or vgg")
+def train_stranger(arch, train, data, recipe, seed):
+    """-> a classifier in eval mode"""
+    device, size = train.labels.device, recipe["batch_size"]
     with seeded(seed):
-        model = build_model(arch, data.num_classes, data.image_shape).to(device, memory_format=torch.channels_last)
-    rng = torch.Generator(device).manual_seed(seed)
-    batches, optimizer = Shuffled(rng), torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=recipe["weight_decay"])
-    for epoch in range(recipe["epochs"]):
-        set_lr(optimizer, cosine(0.1, epoch, recipe["epochs"]))
-        for _ in range(math.ceil(len(train.labels) / recipe["batch_size"])):
-            batch = batches.next(len(train.labels), recipe["batch_size"])
-            loss = F.cross_entropy(model(normalize(augment(train.pixels[batch] / train.scale, data, rng), data)), train.labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model, accuracy(predict(model, test, data), test.labels)
+        model = build_model(arch, data.num_classes, data.image_shape)
+        model.to(device, memory_format=torch.channels_last)
+        optimizer = build_optimizer(model, recipe["optimizer"], recipe["lr"], recipe["weight_decay"])
+        for epoch in range(recipe["epochs"]):
+            set_lr(optimizer, cosine(recipe["lr"], epoch, recipe["epochs"]))
+            order = batches(len(train.labels), size, device)
+            for batch in steps(math.ceil(len(train.labels) / size), f"epoch {epoch + 1}", order):
+                images = normalize(augment(train.pixels[batch] / train.scale, data), data)
+                loss = F.cross_entropy(model(images), train.labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return model.eval()
 
 
+@command_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _Parser(description=__doc__.splitlines()[0])
     parser.add_argument("images", help="images.pt of a run with --synthesize-only")
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--model", default="wrn16_1")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=_number(int, False), default=1)
     parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
+    parser.add_argument("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
     parser.add_argument("--flags", default="", help="those that the images were made with, for the log")
-    parser.add_argument("--log")
-    settings = parser.parse_args(argv)
-    device, content = torch.device("cuda" if torch.cuda.is_available() else "cpu"), read_file(settings.images, "image file")
-    model, test_acc = stranger(settings.model, settings.dataset, settings.data_dir, settings.seed, device)
-    with torch.no_grad(), frozen(model):
-        data = DataSpec(**content["data"])
-        logits = torch.cat([model(normalize(pixels.to(device) / 255, data)) for pixels in content["pixels"].split(500)])
-    row = dict(variant="stranger", dataset=settings.dataset, model=settings.model, seed=settings.seed, flags=settings.flags, test_acc=test_acc,
-               images=len(logits), target_acc=accuracy(logits.cpu(), content["targets"]), device=device_name(device), versions=versions())
-    print(f"{settings.model}, seed {settings.seed}: test accuracy {test_acc:.4f}; sees the asked-for class in {row['target_acc']:.4f} of "
-          f"{len(logits)} images")
-    if settings.log:
-        with open(settings.log, "a") as file:
+    parser.add_argument("--log", help="append the result to this file, as a JSON line")
+    parser.set_defaults(precision=None, deterministic=False)
+    options = parser.parse_args(argv)
+    set_up_device(options)
+    device, content = options.device, read_file(options.images, "image file")
+    if not {"pixels", "targets", "data"} <= set(content):
+        raise BadInput(f"{options.images} holds no images; make some with deepinversion.py --synthesize-only")
+    train, data = load_dataset(options.dataset, True, options.data_dir, device)
+    test, _ = load_dataset(options.dataset, False, options.data_dir, device)
+    if data != DataSpec(**content["data"]):
+        raise BadInput(f"{options.images} is not of {options.dataset}; name its data set with --dataset")
+    recipe = recipe_of(options.model, options.dataset)
+    model = train_stranger(options.model, train, data, recipe, options.seed)
+    made = ImageSet(content["pixels"].to(device), content["targets"].to(device))
+    test_acc, target_acc = (accuracy(predict(model, images, data), images.labels) for images in (test, made))
+    print(f"{options.model}, seed {options.seed}: test accuracy {test_acc:.4f}; sees the asked-for class in "
+          f"{target_acc:.4f} of {len(made.labels)} images")
+    row = dict(variant="stranger", dataset=options.dataset, model=options.model, seed=options.seed,
+               flags=options.flags, test_acc=test_acc, images=len(made.labels), target_acc=target_acc,
+               device=device_name(device), versions=versions())
+    if options.log:
+        with open(options.log, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 

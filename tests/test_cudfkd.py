@@ -1,5 +1,5 @@
-"""cudfkd.py: golden numbers (float64, 1e-5; 1e-4 at temperature 20, where they were taken in float32), what a weight is
-the minimum of, the presets' schedules, and the whole of distill, written anew batch by batch."""
+"""cudfkd.py: golden numbers (float64, 1e-5; 1e-4 at temperature 20, as they were taken in float32), what a
+weight is the minimum of, the presets' schedules, and the whole of distill, written anew batch by batch."""
 import math
 
 import pytest
@@ -9,8 +9,8 @@ import torch.nn as nn
 import common
 import cudfkd as cu
 from conftest import tiny_args, tiny_networks, tiny_settings
-from helpers import (D, Log, assert_close, bn_distance, bn_inputs, kl, near, odd_teacher, refused, rows_of,
-                     save_untrained, sure)
+from helpers import (D, Log, assert_close, bn_distances, bn_inputs, kl, near, near6, odd_teacher, refused,
+                     rows_of, save_untrained, sure)
 
 S = torch.arange(12, dtype=D).reshape(3, 4) / 10
 T = ((torch.arange(12) * 7) % 12).to(D).reshape(3, 4) / 2
@@ -18,53 +18,50 @@ LOSSES = torch.tensor([0.5, 1.5, 2.5, 4.0], dtype=D)
 CURRICULA = pytest.mark.parametrize("curriculum", ["hard", "soft", "log"])
 
 
-def test_golden_1_losses_of_each_image():
-    near(cu.kd_losses(S, T, 20), [1.519382, 1.781594, 0.923359], 1e-4)
-    near(cu.kd_losses(S, T, 20).mean(), 1.408112, 1e-4)
-    near(cu.kd_losses(S, T, 5).mean(), 1.386122)
-    near(cu.kd_losses(S, T, 2).mean(), 1.173775)
-    near(cu.l1_losses(S, T), [2.1, 2.3, 2.3])
-
-
 @pytest.mark.parametrize("curriculum, weights, regularizer", [
     ("hard", [1.0, 1, 0, 0], [-2.0, -2, 0, 0]), ("soft", [0.75, 0.25, 0, 0], [-0.9375, -0.4375, 0, 0]),
-    ("log", [0.928221, 0.706700, 0.428635, 0.135335], [-2.251679, -2.021848, -1.465719, -0.541341])])
+    ("log", [0.928221, 0.706700, 0.428635, 0.135335], [-2.251679, -2.021848, -1.465719, -0.541341]),
+    ("none", [1.0] * 4, [0.0] * 4)])
 def test_golden_2_weights_and_regularizers(curriculum, weights, regularizer):
     found = cu.curriculum_weights(LOSSES, 2.0, curriculum)
-    near(found, weights)
-    near(cu.curriculum_regularizer(found, 2.0, curriculum), regularizer)
+    near(found, weights), near(cu.curriculum_regularizer(found, 2.0, curriculum), regularizer)
+    near(cu.curriculum_loss(LOSSES, 2.0, curriculum), (found * LOSSES).mean())
+    for call in (lambda: cu.curriculum_weights(LOSSES, 2.0, curriculum.title()),
+                 lambda: cu.curriculum_loss(LOSSES, 2.0, curriculum, "")):
+        with pytest.raises(ValueError, match="must be (hard, soft, log or none|sample or batch)"):
+            call()
 
 
-def test_golden_2_and_3_the_log_curriculum_and_its_three_published_readings():
+def test_goldens_1_2_3_losses_of_each_image_and_the_three_published_readings():
+    losses, l1 = cu.kd_losses(S, T, 20), cu.l1_losses(S, T)
+    near(losses, [1.519382, 1.781594, 0.923359], 1e-4), near(losses.mean(), 1.408112, 1e-4)
+    near(cu.kd_losses(S, T, 5).mean(), 1.386122), near(cu.kd_losses(S, T, 2).mean(), 1.173775)
+    near(l1, [2.1, 2.3, 2.3])
     near(cu.curriculum_loss(LOSSES, 2.0), 0.784272)
-    near(cu.curriculum_weights(LOSSES, 12.0), [0.999996, 0.999979, 0.999931, 0.999671], 1e-6)
+    near6(cu.curriculum_weights(LOSSES, 12.0), [0.999996, 0.999979, 0.999931, 0.999671])
     scalar = cu.curriculum_weights(LOSSES.mean(), 2.0)
-    near(scalar, 0.532235)
+    near(scalar, 0.532235), near(cu.curriculum_regularizer(scalar, 2.0), -1.705105)
     near(cu.curriculum_loss(LOSSES, 2.0, granularity="batch"), 1.130998)
-    near(cu.curriculum_regularizer(scalar, 2.0), -1.705105)
-    losses = cu.kd_losses(S, T, 20)
-    near(cu.curriculum_loss(losses, 2.0), 0.989710, 1e-4)                                 # by image
-    near(cu.curriculum_weights(losses.mean(), 2.0), 0.730927, 1e-4)
-    batch = cu.curriculum_loss(losses, 2.0, granularity="batch")
-    near(batch, 1.029227, 1e-4)                                # by batch, the code's last state; below: its first print
-    near(batch + cu.curriculum_regularizer(cu.curriculum_weights(losses.mean(), 2.0), 2.0), -1.027853, 1e-4)
-    near(cu.curriculum_loss(cu.l1_losses(S, T), 2.0), 1.118346)
-    near(cu.curriculum_loss(cu.l1_losses(S, T), 2.0, granularity="batch"), 1.120550)
+    near(cu.curriculum_loss(losses, 2.0), 0.989710, 1e-4)      # by image
+    v, batch = cu.curriculum_weights(losses.mean(), 2.0), cu.curriculum_loss(losses, 2.0, granularity="batch")
+    near(v, 0.730927, 1e-4), near(batch, 1.029227, 1e-4)       # by batch, the code's last state
+    near(batch + cu.curriculum_regularizer(v, 2.0), -1.027853, 1e-4)           # printed by its first one
+    near(cu.curriculum_loss(l1, 2.0), 1.118346), near(cu.curriculum_loss(l1, 2.0, "log", "batch"), 1.120550)
 
 
 @pytest.mark.parametrize("name, growth, slope", [
     ("cifar10", 0.5, 1e-4), ("cifar10-vgg11-resnet18", 0.5, 1e-4), ("cifar10-wrn40_2-wrn16_1", 0.05, 1e-4),
-    ("cifar10-wrn40_2-wrn40_1", 0.2, 1e-4), ("cifar100", 0.35, 2e-5), ("cifar100-wrn40_2-wrn40_1", 0.12, 2e-5),
-    ("cifar100-wrn40_2-wrn16_2", 0.15, 2e-5), ("tiny-imagenet", 0.15, 2e-5), ("svhn", 0.03, 2e-5)])
+    ("cifar10-wrn40_2-wrn40_1", 0.2, 1e-4), ("cifar100", 0.35, 2e-5), ("tiny-imagenet", 0.15, 2e-5),
+    ("cifar100-wrn40_2-wrn40_1", 0.12, 2e-5), ("cifar100-wrn40_2-wrn16_2", 0.15, 2e-5), ("svhn", 0.03, 2e-5)])
 def test_golden_4_ramp_and_age_of_each_preset_are_what_the_codes_increments_add_up_to(name, growth, slope):
     preset = cu.PRESETS[name]
-    begin, end = (math.floor(preset.epochs * part) for part in (preset.ramp_begin, preset.ramp_end))
+    ramp = preset.adversarial_start, preset.adversarial_end, preset.ramp_begin, preset.ramp_end
+    begin, end = (math.floor(preset.epochs * part) for part in ramp[2:])
     assert preset.age_end - preset.age_start == pytest.approx(slope * preset.epochs * preset.student_steps)
-    assert preset.adversarial_end == pytest.approx(preset.adversarial_start + growth * (end - begin - (name != "svhn")))
-    alpha = preset.adversarial_start                           # svhn: the next paper's closed form
+    assert ramp[1] == pytest.approx(ramp[0] + growth * (end - begin - (name != "svhn")))
+    alpha = ramp[0]                                            # svhn's is the next paper's closed form
     for epoch in range(preset.epochs if name != "svhn" else 0):
-        assert cu.adversarial_weight(epoch, preset.epochs, preset.adversarial_start, preset.adversarial_end,
-                                     preset.ramp_begin, preset.ramp_end) == pytest.approx(alpha), epoch
+        assert cu.adversarial_weight(epoch, preset.epochs, *ramp) == pytest.approx(alpha), epoch
         alpha += growth * (begin < epoch < end)
 
 
@@ -78,44 +75,36 @@ def test_golden_4_the_ramp_and_short_runs():
         assert values == sorted(values) and values[0] == 1 and values[-1] == (5 if epochs > 2 else 1)
 
 
-def test_golden_5_the_generators_terms():
+def test_goldens_5_and_6_the_generators_terms_and_totals_with_the_presets_own_weights():
     near(cu.one_hot_loss(T), 0.282539)
     for temperature, entropy in ((1, 1.288324), (2, 1.346482), (5, 1.379380), (20, 1.385889)):
         near(cu.information_entropy_loss(T, temperature), -entropy)
     near(cu.kd_losses(S, T, 3), [1.306365, 1.776099, 0.857416])
     student, teacher = S.clone().requires_grad_(), T.clone().requires_grad_()
     loss = cu.adversarial_loss(student, teacher)
-    near(loss, -0.435455)                                      # -1.306365 / 3: they agree on the first image alone
+    near(loss, -0.435455)                                      # they agree on the first image alone
     for gradient in torch.autograd.grad(loss, (student, teacher)):
         assert gradient[0].any() and not gradient[1:].any()
-
-
-def test_golden_6_bn_and_totals_with_the_presets_own_weights():
     x, preset = torch.arange(96, dtype=D).reshape(2, 3, 4, 4) / 10, cu.PRESETS["cifar10-wrn40_2-wrn16_1"]
     running = torch.tensor([1.0, 2, 3], dtype=D), torch.tensor([4.0, 5, 6], dtype=D)
     bn = cu.bn_loss([(x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))], [running])
-    near(bn, 7.037509)
-    easy = (preset.oh * cu.one_hot_loss(T) + preset.bn * bn
-            + preset.ie * cu.information_entropy_loss(T, preset.entropy_temperature))
-    near(easy, -20.397735)
-    near(easy + preset.adversarial_end * cu.adversarial_loss(S, T), -23.315282)
+    entropy = cu.information_entropy_loss(T, preset.entropy_temperature)
+    easy = preset.oh * cu.one_hot_loss(T) + preset.bn * bn + preset.ie * entropy
+    near(bn, 7.037509), near(easy, -20.397735), near(easy + preset.adversarial_end * loss, -23.315282)
 
 
-def test_parameter_counts_and_start_of_the_generator():
-    for args, count in (((512, (3, 32, 32)), 8_776_259), ((1024, (3, 64, 64)), 35_139_139)):
+def test_parameter_counts_start_and_range_of_the_generator():
+    for args, count in (((1024, (3, 64, 64)), 35_139_139), ((512, (3, 32, 32)), 8_776_259)):
         generator = cu.Generator(*args)
         assert sum(p.numel() for p in generator.parameters()) == count
     for module in generator.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1) and abs(module.weight.mean()) < 2e-3
-        elif isinstance(module, nn.BatchNorm2d):
-            assert module.weight.mean().item() == pytest.approx(1, abs=0.02) and module.weight.std() > 0.005
-        assert getattr(module, "bias", None) is None or not module.bias.any()
+        mean, tolerance = (1, 0.3) if isinstance(module, nn.BatchNorm2d) else (0, 0.1)
+        if hasattr(module, "weight"):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=tolerance)
+            assert abs(module.weight.mean() - mean) < 0.01 and (module.bias is None or not module.bias.any())
     for shape in ((1, 8, 8), (1, 28, 28), (3, 64, 64), (2, 12, 20)):
         pixels = cu.Generator(6, shape, 4)(torch.randn(5, 6))
         assert pixels.shape == (5, *shape) and pixels.min() >= 0 and pixels.max() <= 1
-    with pytest.raises(common.BadInput, match="multiples of 8, not 68x68"):
-        cu.Generator(6, (3, 68, 68))
 
 
 @CURRICULA
@@ -127,12 +116,12 @@ def test_v_is_the_minimum_of_v_times_loss_plus_f_over_a_fine_grid(curriculum, ag
         v = cu.curriculum_weights(torch.tensor(loss, dtype=D), age, curriculum)
         assert objective.isfinite().all() and abs(grid[objective.argmin()] - v) <= 1e-5
         assert v * loss + cu.curriculum_regularizer(v, age, curriculum) <= objective.min() + 1e-12
+    assert cu.curriculum_regularizer(torch.tensor([1 + 1e-6]), age, curriculum).isfinite()     # by rounding
 
 
 @CURRICULA
 def test_descending_v_times_the_gradient_descends_the_minimum_whose_derivative_is_v(curriculum):
-    losses = LOSSES.clone().requires_grad_()
-    weights = cu.curriculum_weights(LOSSES, 2.2, curriculum)
+    losses, weights = LOSSES.clone().requires_grad_(), cu.curriculum_weights(LOSSES, 2.2, curriculum)
 
     def least(values):
         v = cu.curriculum_weights(values, 2.2, curriculum)
@@ -143,45 +132,26 @@ def test_descending_v_times_the_gradient_descends_the_minimum_whose_derivative_i
     near(of_batch, cu.curriculum_weights(LOSSES.mean(), 2.2, curriculum).expand(4) / 4)   # does not choose
 
 
-@CURRICULA
-def test_weights_fall_with_the_loss_and_rise_with_the_age(curriculum):
-    by_age = torch.stack([cu.curriculum_weights(torch.linspace(0, 60, 200), age, curriculum) for age in (0.5, 2, 5, 12, 100)])
-    assert (by_age.diff(dim=1) <= 1e-6).all() and (by_age.diff(dim=0) >= -1e-6).all() and by_age[-1].min() > 0.39
-    assert by_age.min() >= 0 and by_age.max() <= 1 + 1e-6
-    assert cu.curriculum_regularizer(torch.tensor([1 + 1e-6]), 20.0, curriculum).isfinite()
-
-
-def test_no_curriculum_and_words_that_are_none():
-    assert torch.equal(cu.curriculum_weights(LOSSES, 2.0, "none"), torch.ones_like(LOSSES))
-    assert not cu.curriculum_regularizer(LOSSES, 2.0, "none").any()
-    for granularity in ("sample", "batch"):
-        near(cu.curriculum_loss(LOSSES, 2.0, "none", granularity), LOSSES.mean())
-    for word in ("Log", ""):
-        with pytest.raises(ValueError, match="must be hard, soft, log or none"):
-            cu.curriculum_weights(LOSSES, 2.0, word)
-        with pytest.raises(ValueError, match="must be sample or batch"):
-            cu.curriculum_loss(LOSSES, 2.0, granularity=word)
-
-
 class Plain(cu.Generator):
-    """Without the one bias that a BatchNorm takes away: it has no gradient but rounding, which Adam makes large."""
+    """Without the bias before a BatchNorm: it has no gradient but rounding, which Adam makes large."""
     def __init__(self, *args):
         super().__init__(*args)
         self.layers[0].bias = None
 
 
-@pytest.mark.parametrize("changes", [dict(student_loss="kl"), dict(student_loss="l1", granularity="batch")], ids=str)
+@pytest.mark.parametrize("changes", [
+    dict(student_loss="kl"), dict(student_loss="l1", granularity="batch")], ids=["image", "batch"])
 def test_distill_equals_the_algorithm_written_anew(changes, monkeypatch):
-    """Batch by batch, where distill makes a round's images in one pass, in the paper's order of steps."""
+    """Batch by batch, where distill makes a round's images in passes of five."""
     monkeypatch.setattr(cu, "Generator", Plain)
-    settings = tiny_settings(cu, epochs=4, round_steps=2, generator_steps=2, adversarial_start=1.0, adversarial_end=3.0,
-                             age_start=0.5, lr_student=0.02, lr_generator=1e-3, oh=0.7, bn=0.6, ie=3.0, **changes)
+    settings = tiny_settings(cu, epochs=4, generator_steps=2, adversarial_start=1.0, adversarial_end=3.0, oh=0.7,
+                             bn=0.6, ie=3.0, age_start=0.5, lr_student=0.02, lr_generator=1e-3, **changes)
     (teacher, student, data), (_, other, _), log, step = tiny_networks(), tiny_networks(), Log(), 0
-    found = cu.distill(sure(teacher), student, data, settings, log)
-    teacher.eval()
+    found, of_batch = cu.distill(sure(teacher), student, data, settings, log), "granularity" in changes
+    seen = bn_inputs(teacher.eval())
     with common.seeded(settings.seed):
         generator = Plain(6, data.image_shape, 4)
-        adam = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.9, 0.99))
+        adam = torch.optim.Adam(generator.parameters(), 1e-3, (0.9, 0.99))
         sgd = torch.optim.SGD(other.parameters(), momentum=0.9, weight_decay=settings.weight_decay)
         for epoch, alpha in enumerate((1, 1, 1, 3)):
             sgd.param_groups[0]["lr"] = 0.02 * (1 + math.cos(math.pi * epoch / 4)) / 2
@@ -189,39 +159,27 @@ def test_distill_equals_the_algorithm_written_anew(changes, monkeypatch):
                 for _ in range(2):
                     other.eval(), generator.train()
                     x = common.normalize(generator(torch.randn(6, 6)), data)
-                    with bn_inputs(teacher) as seen:
-                        t, s = teacher(x), other(x)
-                        p = (t / settings.entropy_temperature).softmax(1).mean(0)
-                        loss = (-0.7 * t.log_softmax(1).amax(1).mean() + 0.6 * sum(bn_distance(seen)) + 3 * (p * p.log()).sum()
-                                - alpha * (kl(s, t, 3) * (s.argmax(1) == t.argmax(1))).mean())
+                    t, s = teacher(x), other(x)
+                    p = (t / settings.entropy_temperature).softmax(1).mean(0)
+                    agreed = s.argmax(1) == t.argmax(1)
+                    loss = (-0.7 * t.log_softmax(1).amax(1).mean() + 0.6 * sum(bn_distances(seen))
+                            + 3 * (p * p.log()).sum() - alpha * (agreed * kl(s, t, 3)).mean())
                     adam.zero_grad(), loss.backward(), adam.step()
                 other.train(), generator.eval()
                 for z in torch.randn(16, 6).split(8):
                     x = common.normalize(generator(z), data).detach()
                     t, s = teacher(x).detach(), other(x)
-                    age = 0.5 + (settings.age_end - 0.5) * step / 16
-                    losses = (s - t).abs().mean(1) if "granularity" in changes else kl(s, t, settings.temperature)
-                    hard = losses.detach().mean() if "granularity" in changes else losses.detach()
-                    v = (1 + math.exp(-age)) / (1 + (hard - age).exp())
+                    losses = (s - t).abs().mean(1) if of_batch else kl(s, t, settings.temperature)
+                    age, hard = 0.5 + (settings.age_end - 0.5) * step / 16, losses.detach()
+                    v = (1 + math.exp(-age)) / (1 + ((hard.mean() if of_batch else hard) - age).exp())
                     sgd.zero_grad(), (v * losses).mean().backward(), sgd.step()
                     step += 1
-    assert_close(student, other, 1e-3), assert_close(found.train(), generator.train(), 1e-3)
-    last = log.rows[-1]                                        # the quantiles are those of the last batch
-    near(last["age"], age), near(last["difficulty"], losses.quantile(torch.tensor([.05, .25, .5, .75, .95])), 1e-3)
-    near(last["weights"], v.expand(8).quantile(torch.tensor([.05, .25, .5, .75, .95])), 1e-3)
-    near(log.shown[-1][0], common.denormalize(x, data), 1e-3)
+    assert_close(student, other), assert_close(found.train(), generator.train())
+    last, parts = log.rows[-1], torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])    # quantiles in the last batch
+    near(last["difficulty"], losses.quantile(parts), 1e-3)
+    near(last["weights"], v.expand(8).quantile(parts), 1e-3)
+    near(last["age"], age), near(log.shown[-1][0], common.denormalize(x, data), 1e-3)
     assert [row["alpha"] for row in log.rows] == [1, 1, 1, 3]
-
-
-@pytest.mark.parametrize("images_per_pass", [1, 3, 16, 1000])
-def test_however_a_round_is_cut_the_images_are_the_same(images_per_pass):
-    data = common.DATASETS["cifar10"]
-    teacher, generator, z = common.build_model("wrn10_1", 10, data.image_shape), cu.Generator(6, data.image_shape, 4), torch.randn(16, 6)
-    with common.frozen(teacher, generator):
-        images, answers = cu.images_and_answers(generator, teacher, z, data, images_per_pass)
-        expected = common.normalize(generator(z), data)
-        near(images, expected), near(answers, teacher(expected), 1e-4)
-    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_two_switches_not_one_and_while_alpha_is_0_the_student_is_not_asked():
@@ -231,34 +189,34 @@ def test_two_switches_not_one_and_while_alpha_is_0_the_student_is_not_asked():
         student.register_forward_pre_hook(lambda student, x: asked.append(student.training))
         cu.distill(teacher, student, data, tiny_settings(cu, epochs=4, adversarial_end=3.0, **changes), log)
         assert [row["alpha"] for row in log.rows] == alphas and asked.count(False) == 2 * (alphas[-1] > 0)
-        assert [row["loss_adversarial"] == 0 and "agreed" not in row for row in log.rows] == [not alpha for alpha in alphas]
+        assert ["agreed" in row for row in log.rows] == [alpha > 0 for alpha in alphas]
         assert all((row["weight"] == 1) == ("curriculum" in changes) for row in log.rows)
 
 
 def test_without_batchnorm_the_term_is_off_and_the_log_says_so(in_tmp):
-    cu.main([*tiny_args(cu, save_untrained(in_tmp / "plain.pt", "lenet5", common.DATASETS["digits"])), "--out", "out"])
-    assert sum("the BN term is off" in row.get("text", "") for row in rows_of("out")) == 1 and rows_of("out")[-2]["loss_bn"] == 0
+    cu.main([*tiny_args(cu, save_untrained(in_tmp / "plain.pt", "lenet5")), "--out", "out"])
+    assert sum("the BN term is off" in row.get("text", "") for row in rows_of("out")) == 1
+    assert rows_of("out")[-2]["loss_bn"] == 0
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--student-steps", "5"], "must be a multiple of --round-steps, not 5 of 2"), (["--ramp-begin", "0.8"], "parts of the run"),
-    (["--ramp-end", "1.5"], "parts of the run"), (["--age-start", "0"], "must be above 0"),
-    (["--entropy-temperature", "0"], "must be above 0"), (["--curriculum", "easy"], "choose from log, soft, hard, none"),
-    (["--granularity", "image"], "choose from sample, batch")], ids=str)
-def test_what_makes_no_sense_is_refused(flags, message, teacher_file, capsys):
-    assert message in refused(cu, [*tiny_args(cu, teacher_file), *flags], capsys)
-
-
-def test_what_the_generator_cannot_make_is_refused_and_distill_checks_too(in_tmp, capsys):
+def test_what_the_script_refuses_and_distill_too(teacher_file, in_tmp, capsys):
+    for flag, value, message in (
+            ("--student-steps", "5", "must be a multiple of --round-steps"), ("--age-start", "0", "must be above 0"),
+            ("--ramp-begin", "0.8", "parts of the run"), ("--ramp-end", "1.5", "parts of the run"),
+            ("--entropy-temperature", "0", "must be above 0"), ("--curriculum", "easy", "log, soft, hard, none"),
+            ("--granularity", "image", "choose from sample, batch")):
+        assert message in refused(cu, [*tiny_args(cu, teacher_file), flag, value], capsys)
     assert "multiples of 4, not 10x10" in refused(cu, odd_teacher(in_tmp), capsys)
     with pytest.raises(common.BadInput, match="multiple of --round-steps"):
         cu.distill(*tiny_networks(), tiny_settings(cu, student_steps=5))
+    with pytest.raises(common.BadInput, match="multiples of 8, not 68x68"):
+        cu.Generator(6, (3, 68, 68))
 
 
 def test_every_scripted_pair_finds_its_own_preset():
     for name in cu.PRESETS:
+        cu.check(cu.PRESETS[name])
         if name.count("-") == 2:
             dataset, teacher, student = name.split("-")
             argv = ["--dataset", dataset, "--teacher", teacher, "--student", student]
             assert common.parse("cudfkd", cu.__doc__, cu.Settings, cu.PRESETS, argv)[0].preset == name
-        cu.check(cu.PRESETS[name])

@@ -153,7 +153,7 @@ def same_pictures(one, other):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(separate_batches=True, natural_log=True, sum_activation=True)], ids=["default", "other readings"])
+    {}, dict(separate_batches=True, natural_log=True, sum_activation=True)], ids=["default", "others"])
 def test_dafl_distill_equals_the_algorithm_written_anew(changes):
     settings = tiny_settings(dafl, lr_generator=5e-3, lr_student=0.02, act=0.5, warmup=0.5, **changes)
     (teacher, student, data), (_, other, _), log, features = tiny_networks(), tiny_networks(), Log(), []
@@ -186,8 +186,8 @@ def test_dafl_distill_equals_the_algorithm_written_anew(changes):
 @pytest.mark.parametrize("changes", [{}, dict(diversity="ms", penalty="fixed"),
                                      dict(diversity="none", reference="previous")], ids=str)
 def test_rdskd_phase_1_equals_the_algorithm_written_anew(changes):
-    settings = tiny_settings(rdskd, generator_steps=4, lr_generator=5e-3, oh=0.7, ie=1.5, diversity_weight=2.0,
-                             **changes)
+    settings = tiny_settings(rdskd, generator_steps=4, lr_generator=5e-3, oh=0.7, ie=1.5,
+                             diversity_weight=2.0, **changes)
     (teacher, _, data), references = tiny_networks(), (0.0, 0.0)
     found = rdskd.train_generator(sure(teacher), data, settings)
     teacher.eval()
