@@ -696,7 +696,7 @@ def shader_images(n, size, device="cpu", width=24, layers=4):
 
 
 def random_generator_images(n, size, device="cpu", widths=(64, 48, 32, 24)):
-    """A StyleGAN-like generator, never trained; one draw of weights for all n: ask for 50 to 100 [generators]."""
+    """An untrained StyleGAN-like generator; one draw of weights for all n: ask for 50 to 100 [generators]."""
     normal = partial(torch.randn, device=device)
     uniform = partial(torch.rand, device=device)
 

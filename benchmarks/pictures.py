@@ -42,7 +42,7 @@ def curriculum(run):
     # rows of epochs; in logs of c07d91b quantiles have rows of their own
     seen, epochs = ([row for row in rows if name in row] for name in ("difficulty", "alpha"))
     if not seen or not epochs:
-        raise BadInput(f"{run} is not a run of cudfkd.py, or has no finished epoch")
+        raise BadInput(f"{run} is no run of cudfkd.py, or has no finished epoch")
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     x = [row["epoch"] + 1 for row in seen]

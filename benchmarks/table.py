@@ -19,7 +19,8 @@ from statistics import mean, median, stdev
 from typing import NamedTuple
 
 PAGE, RESULTS = (Path(__file__).resolve().with_name(name) for name in ("README.md", "results"))
-MARKERS = re.compile(r"(<!-- results: python benchmarks/table.py -->\n).*?(<!-- end -->)", re.S)
+FRONT = PAGE.parent.parent / "README.md"
+MARKERS = re.compile(r"(<!-- \w+: python benchmarks/table.py(?: --front)? -->\n).*?(<!-- end -->)", re.S)
 OLD_PRESETS = {path.parent.name: json.loads(path.read_text()) for path in RESULTS.glob("*/presets.json")}
 
 
@@ -110,7 +111,7 @@ def seconds(runs, *phases):
     """Mean over the runs: of these phases, or of everything."""
     if not phases:
         return f"{mean(run[-1]['seconds'] for run in runs):.0f}"
-    return f"{sum(row.get(phase, 0) for run in runs for row in run for phase in phases) / len(runs):.0f}"
+    return f"{sum(row.get(phase) or 0 for run in runs for row in run for phase in phases) / len(runs):.0f}"
 
 
 def made_at(rows):
@@ -184,6 +185,7 @@ def regulation_table(groups):
         images = [round(row["sample_uses"] / row["data_fraction"] / (row["epoch"] + 1)) for row in last]
         trained = "usual" if settings["plain_teacher"] else "self-regulated"
         used = "queued" if settings["queue"] else "at each visit"
+        cost = seconds(runs, "seconds_training")
         yield {"method, preset": group.name, "mode": mode, "teacher → student": group.networks,
                "teacher's training": "-" if mode == "ce" else trained,
                "chosen images are used": used if mode in ("regulated", "hybrid") else "-",
@@ -193,16 +195,17 @@ def regulation_table(groups):
                "steps on % of images x epochs": spread([row["data_fraction"] for row in last]),
                "never used, %": spread([row["never_used"] / count for row, count in zip(last, images)]),
                "student's seconds": seconds(runs, "seconds_distillation"),
-               "teacher's seconds": seconds(runs, "seconds_training", "teacher_seconds"), **origin(runs)}
+               "teacher's seconds": cost if cost != "0" else seconds(runs, "teacher_seconds"), **origin(runs)}
 
 
 def surrogate_table(groups):
     for group, runs in groups.items():
         if group.method == "surrogate_kd":
             settings = runs[0][0]["arguments"]
-            before, kept, shown = (
-                f"{mean(row[f'relative_entropy{name}'] for row in events(runs, event)):.3f}"
-                for event, name in (("pool", "_before"), ("surrogate", ""), ("surrogate", "_augmented")))
+            rows = {name: [row[f"relative_entropy{name}"] for event in ("pool", "surrogate")
+                           for row in events(runs, event) if f"relative_entropy{name}" in row
+                           and (name or event == "surrogate")] for name in ("_before", "", "_augmented")}
+            before, kept, shown = (f"{mean(values):.3f}" for values in rows.values())
             yield {"method, preset": group.name, "pictures": settings["surrogate"],
                    "balanced": "yes" if settings["balance"] else "no",
                    "boundary attack": "yes" if settings["boundary_attack"] else "no",
@@ -279,15 +282,16 @@ def all_tables(runs, measurements):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into both pages")
     parser.add_argument("--front", action="store_true", help="print the front page's table instead")
     options = parser.parse_args(argv)
     runs, measurements = read()
-    text = table(front_table(grouped(runs))) if options.front else all_tables(runs, measurements)
-    if options.write and not options.front:
-        PAGE.write_text(MARKERS.sub(lambda found: f"{found[1]}{text}\n{found[2]}", PAGE.read_text()))
-    else:
-        print(text, end="")
+    texts = {FRONT: table(front_table(grouped(runs))), PAGE: all_tables(runs, measurements)}
+    if not options.write:
+        print(texts[FRONT if options.front else PAGE], end="")
+        return
+    for page, text in texts.items():
+        page.write_text(MARKERS.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page.read_text()))
 
 
 if __name__ == "__main__":

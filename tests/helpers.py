@@ -14,7 +14,8 @@ D = torch.float64
 
 def near(value, expected, tolerance=1e-5):
     value, expected = (torch.as_tensor(each, dtype=D).detach() for each in (value, expected))
-    assert value.shape == expected.shape and torch.allclose(value, expected, atol=tolerance, rtol=0), value
+    assert value.shape == expected.shape
+    assert torch.allclose(value, expected, atol=tolerance, rtol=0), (value - expected).abs().max().item()
 
 
 near6 = functools.partial(near, tolerance=1e-6)

@@ -144,8 +144,9 @@ class Plain(cu.Generator):
 def test_distill_equals_the_algorithm_written_anew(changes, monkeypatch):
     """Batch by batch, where distill makes a round's images in passes of five."""
     monkeypatch.setattr(cu, "Generator", Plain)
-    settings = tiny_settings(cu, epochs=4, generator_steps=2, adversarial_start=1.0, adversarial_end=3.0, oh=0.7,
-                             bn=0.6, ie=3.0, age_start=0.5, lr_student=0.02, lr_generator=1e-3, **changes)
+    settings = tiny_settings(cu, epochs=4, generator_steps=2, adversarial_start=1.0, adversarial_end=3.0,
+                             oh=0.7, bn=0.6, ie=3.0, age_start=0.5, lr_student=0.02, lr_generator=1e-3,
+                             **changes)
     (teacher, student, data), (_, other, _), log, step = tiny_networks(), tiny_networks(), Log(), 0
     found, of_batch = cu.distill(sure(teacher), student, data, settings, log), "granularity" in changes
     seen = bn_inputs(teacher.eval())
@@ -201,9 +202,9 @@ def test_without_batchnorm_the_term_is_off_and_the_log_says_so(in_tmp):
 
 def test_what_the_script_refuses_and_distill_too(teacher_file, in_tmp, capsys):
     for flag, value, message in (
-            ("--student-steps", "5", "must be a multiple of --round-steps"), ("--age-start", "0", "must be above 0"),
+            ("--student-steps", "5", "a multiple of --round-steps"), ("--age-start", "0", "must be above 0"),
             ("--ramp-begin", "0.8", "parts of the run"), ("--ramp-end", "1.5", "parts of the run"),
-            ("--entropy-temperature", "0", "must be above 0"), ("--curriculum", "easy", "log, soft, hard, none"),
+            ("--entropy-temperature", "0", "must be above 0"), ("--curriculum", "easy", "log, soft, hard"),
             ("--granularity", "image", "choose from sample, batch")):
         assert message in refused(cu, [*tiny_args(cu, teacher_file), flag, value], capsys)
     assert "multiples of 4, not 10x10" in refused(cu, odd_teacher(in_tmp), capsys)

@@ -154,8 +154,9 @@ def test_a_pool_may_begin_empty_or_stay_as_it_is_and_a_prior_makes_its_own_term_
         assert len(images) == 20 and images.flatten(1).any(1).all()
         assert sum("loss_oh" in row for row in log.rows) == made
     for weight, loss in (("tv", di.tv_loss), ("tv_l1", di.tv_l1_loss), ("l2", di.l2_loss)):
-        found = [loss(di.synthesize(teacher, data, tiny_settings(di, **{
-            "synthesis_steps": 20, "lr_images": 0.1, "tv": 0.0, "bn": 0.0, weight: value}))[0]) for value in (0, 1e3)]
+        changes = dict(synthesis_steps=20, lr_images=0.1, tv=0.0, bn=0.0)
+        found = [loss(di.synthesize(teacher, data, tiny_settings(di, **{**changes, weight: value}))[0])
+                 for value in (0.0, 1e3)]
         assert found[1] < 0.8 * found[0]
 
 

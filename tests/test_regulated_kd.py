@@ -1,4 +1,4 @@
-"""regulated_kd.py: golden numbers (1e-6, float64); both trainings, written anew in one pass with a masked loss."""
+"""regulated_kd.py: golden numbers (1e-6, float64); both trainings, written anew with a masked loss."""
 import math
 
 import pytest
@@ -20,16 +20,17 @@ PART = (torch.arange(60) % 3).float()                          # counts of which
 
 
 def test_goldens_1_2_3_threshold_rule_and_significance():
-    for alpha, epoch, threshold in ((0.01, 0, 0), (0.01, 1, 0.009950166), (0.01, 10, 0.095162582), (0.05, 9, 0.362371848),
-                                    (0.01, 100, 0.632120559), (0.05, 20, 0.632120559), (0.05, 22, 0.667128916)):
-        near(rk.confidence_threshold(epoch, alpha), threshold, 1e-9)
+    thresholds = [rk.confidence_threshold(n, 0.01) for n in (0, 1, 10, 100)]
+    near(thresholds, [0, 0.009950166, 0.095162582, 0.632120559], 1e-9)
+    thresholds = [rk.confidence_threshold(n, 0.05) for n in range(50)]
+    near([thresholds[n] for n in (9, 20, 22)], [0.362371848, 0.632120559, 0.667128916], 1e-9)
     near6(rk.confidence(Z, Y), [0.683273, 0.678215, 0.678215, 0.650509, 0.650509, 0.336347])
     near6(rk.confidence(Z, Y, temperature=4), [0.151974, 0.147150, 0.147150, 0.140254, 0.140254, 0.063092])
     near6(rk.confidence(Z, Y, temperature=1.5), [0.478667, 0.469330, 0.469330, 0.441664, 0.441664, 0.212202])
     near6(rk.confidence(Z, Y, "true"), Z.softmax(1)[torch.arange(6), Y])
-    chosen = [rk.participates(Z, Y, rk.confidence_threshold(n, 0.05)).int() for n in range(50)]
-    for epoch, expected in ((0, "001000"), (8, "001000"), (9, "001001"), (20, "001001"), (22, "001111"), (24, "111111")):
-        assert "".join(map(str, chosen[epoch].tolist())) == expected, epoch
+    chosen = [rk.participates(Z, Y, threshold).int() for threshold in thresholds]
+    found = ["".join(map(str, chosen[n].tolist())) for n in (0, 8, 9, 20, 22, 24)]
+    assert found == ["001000", "001000", "001001", "001001", "001111", "111111"]
     assert sum(chosen).tolist() == [27, 27, 50, 28, 28, 41]
     near6(rk.significance_weights(sum(chosen), 50), [0.54, 0.54, 1, 0.56, 0.56, 0.82])
     for kind, expected in (("epochs", [0, 0.02, 0.04, 0.08, 0.16]), ("max", [0, 0.125, 0.25, 0.5, 1]),
@@ -48,7 +49,8 @@ def test_goldens_4_5_6_losses_of_each_image_reductions_and_gradients():
     z = Z.clone().requires_grad_()
     losses = rk.kd_losses(z, ZT, Y, 4)
     near6(losses, [0.060739, 6.529374, 5.541489, 4.496865, 4.089002, 2.655329])
-    near6(rk.reduced_loss(losses), 3.895466), near6(rk.reduced_loss(losses, W), 1.233537)      # kd; significance
+    near6(rk.reduced_loss(losses), 3.895466)                   # kd
+    near6(rk.reduced_loss(losses, W), 1.233537)                # significance
     near6(rk.reduced_loss(losses[1:], W[1:]), 1.480245)        # without w = 0
     near6(rk.reduced_loss(losses[M22], W[M22]), 1.687072)      # hybrid
     near6(rk.reduced_loss(losses[M22], visited=6), 4.195671 * 4 / 6)
@@ -64,12 +66,14 @@ def toy(crop=0, student="lenet5_half"):
     train, data = common.load_dataset("digits", True)
     with common.seeded(0):
         networks = [common.build_model(name, 10, data.image_shape) for name in ("lenet5", student)]
-    return *networks, data._replace(crop=crop), common.ImageSet(train.pixels[:60].clone(), train.labels[:60], train.scale)
+    images = common.ImageSet(train.pixels[:60].clone(), train.labels[:60], train.scale)
+    return *networks, data._replace(crop=crop), images
 
 
 def settings_of(**changes):
-    return tiny_settings(rk, **{**dict(alpha_epochs=1.6, lr_student=1e-3, lr_teacher=1e-3, batch_size=16, epochs=3,
-                                       teacher_batch_size=16, scan_batch_size=24, teacher_epochs=3), **changes})
+    usual = dict(alpha_epochs=1.6, lr_student=1e-3, lr_teacher=1e-3, batch_size=16, epochs=3)
+    usual.update(teacher_batch_size=16, scan_batch_size=24, teacher_epochs=3)
+    return tiny_settings(rk, **{**usual, **changes})
 
 
 def trained(counts=None, **changes):
@@ -79,10 +83,11 @@ def trained(counts=None, **changes):
 
 
 def trained_anew(model, losses_of, masked, data, train, settings, seed, weights=torch.ones(60)):
-    """Three epochs of one pass over all images with w > 0, times 1 for who takes part.   -> how often each did"""
+    """Three epochs, one pass over all with w > 0, times 1 for who takes part.   -> how often each did"""
     rows, counted, decay = weights.nonzero()[:, 0], torch.zeros(60), settings.weight_decay
-    optimizer = torch.optim.Adam(model.parameters(), weight_decay=decay) if settings.optimizer == "adam" else (
-        torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=decay))
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=decay)
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=decay)
     with common.seeded(seed):
         for epoch in range(3):
             optimizer.param_groups[0]["lr"] = 1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * epoch / 3)) / 2)
@@ -111,7 +116,7 @@ def trained_anew(model, losses_of, masked, data, train, settings, seed, weights=
     dict(mode="regulated"), dict(mode="hybrid", reduction="visited", crop=1), dict(mode="kd", crop=1),
     dict(mode="ce"), dict(mode="significance", normalization="mean1"), dict(
         mode="regulated", optimizer="sgd", clip_norm=0.05, crop=1, student_loss="cckd", confidence="true",
-        confidence_temperature=2.0, weight_decay=0.01)], ids=lambda changes: "-".join(map(str, changes.values())))
+        confidence_temperature=2.0, weight_decay=0.01)], ids=lambda changes: changes["mode"])
 def test_distill_equals_one_pass_with_a_masked_loss(changes):
     """Which without BatchNorm is the same: the same counts, the same student up to rounding."""
     settings = settings_of(**{name: value for name, value in changes.items() if name != "crop"})
@@ -120,12 +125,14 @@ def test_distill_equals_one_pass_with_a_masked_loss(changes):
     weighted, regulated, taught = rk.MODES[settings.mode]
 
     def losses_of(logits, images, y):
-        ce, t, hot = F.cross_entropy(logits, y, reduction="none"), teacher(images).detach(), settings.temperature
+        ce, t = F.cross_entropy(logits, y, reduction="none"), teacher(images).detach()
+        hot = settings.temperature
         if taught and settings.student_loss == "kd":
             return kl(logits, t, hot) + settings.hard * ce
         trust = t.softmax(1)[range(len(y)), y]                 # CE is linear in its target
         soft = -((t / hot).softmax(1) * (logits / hot).log_softmax(1)).sum(1)
-        return trust * soft + (1 - trust) * F.cross_entropy(logits / hot, y, reduction="none") if taught else ce
+        ce_hot = F.cross_entropy(logits / hot, y, reduction="none")
+        return trust * soft + (1 - trust) * ce_hot if taught else ce
     weights = torch.ones(60)
     if weighted:
         weights = PART / (PART[PART > 0].mean() if settings.normalization == "mean1" else 3)
@@ -141,16 +148,18 @@ def test_distill_equals_one_pass_with_a_masked_loss(changes):
 def test_the_teachers_training_equals_one_pass_with_a_masked_loss_of_seed_0():
     (teacher, _, data, train), other, settings, log = toy(1), toy()[0], settings_of(seed=5), Log()
     counts, shares = rk.train_teacher(teacher, data, settings, log, train=train)
-    counted = trained_anew(other, lambda logits, images, y: F.cross_entropy(logits, y, reduction="none"), True, data,
-                           train, settings, 0)
-    assert torch.equal(counts, counted) and 0 < counts.sum() < 180 and log.rows[-1]["sample_uses"] == counts.sum()
+
+    def losses_of(logits, images, y):
+        return F.cross_entropy(logits, y, reduction="none")
+    assert torch.equal(counts, trained_anew(other, losses_of, True, data, train, settings, 0))
+    assert 0 < counts.sum() < 180 and log.rows[-1]["sample_uses"] == counts.sum()
     assert_close(teacher, other, 1e-4), near([row["share"] for row in log.rows], shares)
 
 
 def test_a_queue_makes_full_batches_and_with_everybody_in_it_is_plain_distillation(monkeypatch):
     """A third takes part: 8 + 8 + 4 of scans of 24, 24 and 12; or 6, 6, 6, 4 of batches of 16."""
     found, reduced = [], rk.reduced_loss
-    monkeypatch.setattr(rk, "reduced_loss", lambda losses, *more: found.append(len(losses)) or reduced(losses, *more))
+    monkeypatch.setattr(rk, "reduced_loss", lambda x, *more: found.append(len(x)) or reduced(x, *more))
     monkeypatch.setattr(rk, "participates", lambda logits, *_: torch.arange(len(logits)) % 3 == 0)
     trained(queue=True, epochs=2), trained(queue=False, epochs=1)
     assert found == [16, 4, 16, 4, 6, 6, 6, 4]
@@ -166,20 +175,21 @@ def test_where_nobody_takes_part_nothing_moves(optimizer, queue, monkeypatch):
             moments = [each for kept in self.state["optimizer"].state.values() for each in kept.values()]
             self.rows.append([torch.as_tensor(x).clone() for x in (*student.state_dict().values(), *moments)])
     (teacher, student, data, train), log = toy(student="wrn10_1"), States()
-    monkeypatch.setattr(rk, "participates", lambda logits, y, *_: y >= 10 * (len(log.rows) > 0))      # in epoch 0
+    monkeypatch.setattr(rk, "participates", lambda logits, y, *_: y >= 10 * (len(log.rows) > 0))   # epoch 0
     settings = settings_of(optimizer=optimizer, weight_decay=0.1, queue=queue)
     rk.distill(teacher, student, data, settings, log, train=train)
     assert len(log.rows[0]) > len(student.state_dict()) and all(map(torch.equal, log.rows[0], log.rows[2]))
 
 
 def test_counts_belong_to_the_original_image_under_shuffling_and_augmentation(monkeypatch):
-    """Who takes part is decided by a mark in the image, before it is augmented, and counted at its own place."""
+    """Who takes part is decided by a mark in the image, before augmentation, and counted at its own place."""
     (_, _, data, train), marked, seen, augment = toy(), torch.arange(60) % 7 == 3, [], rk.augment
     train.pixels[:, 0, 0, 0] = 16 * marked
     monkeypatch.setattr(rk, "augment", lambda x, data: seen.append(x[:, 0, 0, 0] > 0.5) or augment(x, data))
     monkeypatch.setattr(rk, "participates", lambda *_: seen[-1])
     for crop in (0, 1):
-        counts, shares = rk.train_teacher(toy()[0], data._replace(crop=crop), settings_of(queue=bool(crop)), train=train)
+        data, settings = data._replace(crop=crop), settings_of(queue=bool(crop))
+        counts, shares = rk.train_teacher(toy()[0], data, settings, train=train)
         near(counts, 3.0 * marked), near(shares, [9 / 60] * 3)
 
 
@@ -187,7 +197,7 @@ def test_counts_belong_to_the_original_image_under_shuffling_and_augmentation(mo
     (True, [7, 5, 5], [17]), (True, [16, 16, 1], [16, 17]), (True, [17, 0, 0], [17]), (True, [1, 0, 0], []),
     (False, [1, 5, 0, 1], [5])], ids=str)
 def test_with_batchnorm_no_step_takes_a_single_image(queue, chosen, expected, monkeypatch):
-    """A 1x1 map of one image cannot be normalised: it joins the batch before it, or is ignored and not counted."""
+    """A 1x1 map of one image has no deviation: it joins the batch before, or is ignored and not counted."""
     teacher, _, data, train = toy()
     student = nn.Sequential(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 10))
     first, sizes = iter(chosen), []
@@ -198,12 +208,13 @@ def test_with_batchnorm_no_step_takes_a_single_image(queue, chosen, expected, mo
 
 
 def test_the_script(teacher_file, in_tmp, capsys):
-    """The note on BatchNorm; which mode trains a self-regulated teacher, its file, and whose accuracy is logged."""
-    for out, flags, kept in (("hybrid", ["--mode", "hybrid"], ["toy.regulated.pt"]),
-                             ("queue", ["--queue"], ["toy.regulated-queue.pt", "toy.regulated.pt"]),
-                             ("kd", ["--mode", "kd", "--plain-teacher"], ["toy.regulated-queue.pt", "toy.regulated.pt"])):
+    """The note on BatchNorm; which mode trains a self-regulated teacher, its file; whose accuracy counts."""
+    both = ["toy.regulated-queue.pt", "toy.regulated.pt"]
+    for out, flags, kept in (("hybrid", ["--mode", "hybrid"], both[1:]), ("queue", ["--queue"], both),
+                             ("kd", ["--mode", "kd", "--plain-teacher"], both)):
         rk.main([*tiny_args(rk, teacher_file), *flags, "--out", out])
-        rows, self_regulated = rows_of(out), "self-regulated teacher: test accuracy" in capsys.readouterr().out
+        rows = rows_of(out)
+        self_regulated = "self-regulated teacher: test accuracy" in capsys.readouterr().out
         notes = [row["text"] for row in rows if row["event"] == "note" and "BatchNorm" in row["text"]]
         assert len(notes) == (out == "hybrid") and self_regulated == (out != "kd")
         assert sorted(path.name for path in teacher_file.parent.glob("*regulated*")) == kept
@@ -213,7 +224,8 @@ def test_the_script(teacher_file, in_tmp, capsys):
 def test_what_is_refused(teacher_file, capsys):
     for flags, message in ((["--mode", "hybrid", "--plain-teacher"], "leave out --plain-teacher"),
                            (["--queue", "--reduction", "visited"], "no meaning with it"),
-                           (["--confidence-temperature", "0"], "must be above 0"), (["--mode", "all"], "choose from sig"),
+                           (["--confidence-temperature", "0"], "must be above 0"),
+                           (["--mode", "all"], "choose from significance"),
                            (["--dataset", "none", "--preset", "digits"], "needs real images and labels")):
         assert message in refused(rk, [*tiny_args(rk, teacher_file), *flags], capsys)
     with pytest.raises(common.BadInput, match="no meaning with it"):
@@ -224,9 +236,14 @@ def test_what_is_refused(teacher_file, capsys):
                 trained(counts, mode=mode)
 
 
-def test_presets_are_found():
-    def parsed(*argv):
-        return common.parse("regulated_kd", rk.__doc__, rk.Settings, rk.PRESETS, argv, {"digits": ("lenet5", "vgg8")})
-    assert (parsed("--dataset", "digits")[0].teacher, parsed("--dataset", "digits")[0].student) == ("lenet5", "vgg8")
-    options, settings = parsed("--teacher", "alexnet", "--student", "alexnet_half")
-    assert options.preset == "cifar10-alexnet-alexnet_half" and settings.queue
+@pytest.mark.parametrize("argv, expected", [
+    (["--dataset", "digits"], ("lenet5", "lenet5_half", "digits")), (
+        ["--teacher", "alexnet", "--student", "alexnet_half"],
+        ("alexnet", "alexnet_half", "cifar10-alexnet-alexnet_half"))], ids=["digits", "alexnet"])
+def test_networks_and_preset_of_a_data_set_and_of_a_pair(argv, expected, monkeypatch):
+    def stop(options, *_):
+        raise KeyError(options.teacher, options.student, options.preset)
+    monkeypatch.setattr(rk, "load_networks", stop)
+    with pytest.raises(KeyError) as stopped:
+        rk.main(argv)
+    assert stopped.value.args == expected

@@ -26,10 +26,12 @@ def test_old_logs_are_grouped_as_the_old_code_grouped_them(runs):
         [run[0]["arguments"]["seed"] for run in same], table.of_end(same)] for group, same in found.items())
 
 
-def test_the_page_holds_word_for_word_what_the_script_prints(capsys):
-    table.main([])
+@pytest.mark.parametrize("page, name, flags", [(table.PAGE, "results", []), (table.FRONT, "front", ["--front"])])
+def test_the_pages_hold_word_for_word_what_the_script_prints(capsys, page, name, flags):
+    table.main(flags)
     printed = capsys.readouterr().out
-    assert f"<!-- results: python benchmarks/table.py -->\n{printed}\n<!-- end -->" in table.PAGE.read_text()
+    marker = " ".join([f"<!-- {name}: python benchmarks/table.py", *flags, "-->"])
+    assert f"{marker}\n{printed}\n<!-- end -->" in page.read_text()
 
 
 def test_committed_logs_are_whole():
