@@ -82,7 +82,7 @@ def test_a_folder_of_images(tmp_path):
     Image.new("RGB", (9, 9)).save(odd)
     with pytest.raises(BadInput, match="differ in size.*@32"):
         common.load_dataset(f"folder:{tmp_path}", True)
-    odd.write_bytes(odd.read_bytes()[:50])
+    odd.write_bytes(b"no image")
     with pytest.raises(BadInput, match="no whole image"):
         common.load_dataset(f"folder:{tmp_path}@8", True)
     (tmp_path / "test" / "cat").rename(tmp_path / "test" / "cow")
@@ -297,12 +297,12 @@ def test_accuracy_and_agreement_by_hand():
 def test_calibration_error_equals_a_slow_one():
     torch.manual_seed(0)
     logits, labels = 2 * torch.randn(400, 5), torch.randint(5, (400,))
-    confidence, predicted = (each.tolist() for each in logits.softmax(1).max(1))
+    confidence, predicted = logits.softmax(1).max(1)
     expected = 0.0
     for bin_ in range(15):
         rows = [i for i in range(400) if bin_ / 15 < confidence[i] <= (bin_ + 1) / 15]
-        expected += abs(sum(confidence[i] - (predicted[i] == labels[i]) for i in rows)) / 400
-    assert common.expected_calibration_error(logits, labels) == pytest.approx(float(expected), abs=1e-6)
+        expected += abs(sum(confidence[i].item() - (predicted[i] == labels[i]).item() for i in rows)) / 400
+    assert common.expected_calibration_error(logits, labels) == pytest.approx(expected, abs=1e-6)
     assert common.expected_calibration_error(100 * F.one_hot(labels, 5).float(), labels) == pytest.approx(0, abs=1e-6)
 
 

@@ -451,23 +451,28 @@ def test_a_stages_file_is_told_apart_by_every_setting_that_shaped_it(method):
 @EACH
 def test_sigkill_at_random_moments(method, teacher_file, in_tmp):
     """Real processes and signals: whatever the moment, the run that is continued ends like the straight one."""
-    args = [*tiny_args(method, teacher_file, epochs=6), "--out", "run", "--resume"]
-    command = [sys.executable, str(ROOT / f"{method.__name__}.py"), *args]
+    command = [sys.executable, str(ROOT / f"{method.__name__}.py"), *tiny_args(method, teacher_file, epochs=12),
+               "--out", "run", "--resume"]
+
+    def begun(folder):
+        process = subprocess.Popen(command, cwd=in_tmp / folder, stdout=subprocess.PIPE, text=True)
+        while not process.stdout.readline().startswith("teacher ") and process.poll() is None:
+            pass
+        return process, time.monotonic()
     for folder in ("straight", "killed"):
         (in_tmp / folder).mkdir()
-    began = time.monotonic()
-    subprocess.run(command, cwd=in_tmp / "straight", check=True, capture_output=True)
-    whole, kills, wait = time.monotonic() - began, 0, random.Random(method.__name__).uniform
-    for session in range(20):
-        process = subprocess.Popen(command, cwd=in_tmp / "killed", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        with contextlib.suppress(subprocess.TimeoutExpired):   # later sessions live longer, so that one ends
-            process.wait(wait(0.5, 0.8 + 0.1 * session) * whole)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
+    process, since = begun("straight")
+    process.communicate()
+    whole, kills, wait = time.monotonic() - since, 0, random.Random(method.__name__).uniform
+    for _ in range(4):
+        process, _ = begun("killed")
+        time.sleep(wait(0, 0.3) * whole)
+        process.kill()
         process.communicate()
-        kills += 1
-    assert process.returncode == 0 and kills >= 2, process.stdout.read()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 3
+    if '"event": "end"' not in (in_tmp / "killed" / "run" / "log.jsonl").read_text():
+        subprocess.run(command, cwd=in_tmp / "killed", check=True, capture_output=True)
     assert_same_results(in_tmp / "straight", in_tmp / "killed")
 
 
