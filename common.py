@@ -591,16 +591,23 @@ def expected_calibration_error(logits, labels, bins=15):
 COSTS = collections.Counter()      # of the run: seconds_<phase> in this epoch, teacher_queries in all
 
 
-def steps(total, name, order=None):
-    """`range(total)`, or the first `total` of an iterator, with a progress bar; its seconds go to the log."""
+@contextlib.contextmanager
+def timed(name):
+    """The block's seconds go to the log as seconds_<name>."""
     began = time.perf_counter()
     try:
-        yield from tqdm(range(total) if order is None else itertools.islice(order, total), name, total,
-                        leave=False, disable=None)
+        yield
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         COSTS[f"seconds_{name}"] += time.perf_counter() - began
+
+
+def steps(total, name, order=None):
+    """`range(total)`, or the first `total` of an iterator, with a progress bar; timed as `name`."""
+    each = range(total) if order is None else itertools.islice(order, total)
+    with timed(name):
+        yield from tqdm(each, name, total, leave=False, disable=None)
 
 
 def batches(n, size, device="cpu"):
@@ -882,12 +889,12 @@ PAIRS = {"digits": ("wrn16_2", "wrn16_1"), "svhn": ("wrn40_2", "wrn16_1"),
          **dict.fromkeys(("mnist", "mnist28", "fashion_mnist", "fashion_mnist28"), ("lenet5", "lenet5_half"))}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message + "; --help lists the flags")
 
 
-def _number(kind, above_0, below=math.inf):
+def number_type(kind, above_0, below=math.inf):
     """An argparse type: a finite int or float, above 0 or at least 0, and under `below`."""
     def convert(text):
         value = kind(text)
@@ -899,13 +906,13 @@ def _number(kind, above_0, below=math.inf):
     return convert
 
 
-def _shared_flags(parser):
+def shared_flags(parser):
     add = parser.add_argument
     add("--data-dir", default="data", help="where the data sets are, or are downloaded to [data]")
     add("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
     add("--precision", choices=["fp32", "tf32", "bf16"], help="of forward passes [tf32 on CUDA, else fp32]")
     add("--deterministic", action="store_true", help="bit-equal runs on CUDA too, slower")
-    add("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
+    add("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
 
 
 def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda flags: "", **own):
@@ -918,7 +925,7 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
     preset. `own`: {name: help} of flags that are no hyperparameters, (help, type) if not a text. Raises
     BadInput.
     """
-    parser = _Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [by set]")
     add("--student", help="model name, torchvision:NAME or module:function [by data set]")
@@ -926,10 +933,10 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
     add("--preset", help=f"{', '.join(presets)} [by data set and networks]")
     add("--out", help=f"run folder [the next free runs/{method}-DATASET-001]")
     add("--resume", action="store_true", help="go on with the run in --out; repeat its other flags")
-    add("--eval-every", type=_number(int, True), default=1, help="epochs between scores [1]")
-    _shared_flags(parser)
+    add("--eval-every", type=number_type(int, True), default=1, help="epochs between scores [1]")
+    shared_flags(parser)
     kinds = {str: dict(default=""), bool: dict(action="store_true"),
-             int: dict(type=_number(int, False), default=0)}
+             int: dict(type=number_type(int, False), default=0)}
     for name, text in own.items():
         text, kind = text if isinstance(text, tuple) else (text, str)
         add("--" + name.replace("_", "-"), help=text, **kinds[kind])
@@ -944,7 +951,7 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
         how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
                dict(choices=get_args(field.type)) if get_origin(field.type) is Literal else
                dict(type=str) if field.type is str else
-               dict(type=_number(int, False, 2 ** 32) if name == "seed" else _number(field.type, above_0)))
+               dict(type=number_type(int, False, 2 ** 32) if name == "seed" else number_type(field.type, above_0)))
         text = f"{text} [{shown}]".replace("%", "%%")
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
@@ -1224,7 +1231,7 @@ class Run(Checkpoint):
         else it must have been made with. Its rows, seconds and teacher queries count as this run's.
         """
         path = Path(path)
-        made_with = dict(format=f"{self.options.method}-{event}-3", teacher=self.identity["teacher"],
+        made_with = dict(format=f"{self.options.method}-{event}-4", teacher=self.identity["teacher"],
                          precision=self.options.precision, **self.data._asdict(), **more,
                          **{name: getattr(self.settings, name) for name in shaped_by})
         partial, threads = path.with_suffix(".partial.pt"), self.options.threads
@@ -1242,6 +1249,7 @@ class Run(Checkpoint):
             self.note(f"{event} -> {path}")
             kept = dict(made_with=made_with, result=make(stage), rows=stage.rows)
             kept["queries"] = COSTS["teacher_queries"]
+            self.before += stage.before                            # the seconds of an earlier, killed session
             if not path.exists():                                  # else another process was faster
                 write(kept, path)
         stage.path.unlink(missing_ok=True)
@@ -1391,14 +1399,14 @@ def command_line(main):
 
 @command_line
 def main(argv=None):
-    parser = _Parser(prog="common.py", allow_abbrev=False,
+    parser = Parser(prog="common.py", allow_abbrev=False,
                      description="Train a teacher on the real data and keep it in one file.")
     parser.add_argument("--model", required=True, help="model name")
     parser.add_argument("--dataset", default="cifar10", help=f"{dataset_names()} [cifar10]")
-    parser.add_argument("--epochs", type=_number(int, True), help="passes over the set [by data set]")
-    parser.add_argument("--batch-size", type=_number(int, True), help="[by data set]")
+    parser.add_argument("--epochs", type=number_type(int, True), help="passes over the set [by data set]")
+    parser.add_argument("--batch-size", type=number_type(int, True), help="[by data set]")
     parser.add_argument("--out", help="file [checkpoints/DATASET_MODEL.pt, where the methods look for it]")
-    _shared_flags(parser)
+    shared_flags(parser)
     options = parser.parse_args(argv)
     set_up_device(options)
     check_model_name(options.model)

@@ -71,7 +71,7 @@ import torch.nn.functional as F
 
 from common import (BadInput, Means, Run, batchnorms, command_line, cosine, dataset_spec, denormalize,
                     frozen, load_networks, normalize, parse, place_like, recorded_statistics, set_lr, steps,
-                    with_own_seed)
+                    timed, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -388,7 +388,8 @@ def distill(teacher, student, data, settings, run=None):
             student.train()
             with frozen(teacher, generator):
                 z = torch.randn(settings.round_steps * n, settings.latent_dim, device=device)
-                images, answers = images_and_answers(generator, teacher, z, data, settings.images_per_pass)
+                with timed("synthesis"):
+                    images, answers = images_and_answers(generator, teacher, z, data, settings.images_per_pass)
                 for step in steps(settings.round_steps, "distillation"):
                     batch = slice(step * n, (step + 1) * n)
                     done = epoch * settings.student_steps + round_ * settings.round_steps + step

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import BadInput, _Parser, command_line, load_dataset, read_file, save_samples
+from common import BadInput, Parser, command_line, load_dataset, read_file, save_samples
 
 
 def read_log(path):
@@ -153,7 +153,7 @@ def side_by_side(runs, each=4):
 
 @command_line
 def main(argv=None):
-    parser = _Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=["curriculum", "regulation", "side-by-side"])
     parser.add_argument("runs", nargs="+", help="run folders; one, except for side-by-side")
     parser.add_argument("--out", required=True, help="file to draw, as picture.png")

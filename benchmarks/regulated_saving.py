@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import regulated_kd
-from common import (COSTS, DATASETS, _number, _Parser, accuracy, build_model, command_line, device_name,
+from common import (COSTS, DATASETS, number_type, Parser, accuracy, build_model, command_line, device_name,
                     load_dataset, load_networks, place_like, predict, seeded, set_up_device, versions)
 
 VARIANTS = {"kd": dict(mode="kd"), "regulated": {}, "regulated, queued": dict(queue=True),
@@ -37,12 +37,12 @@ class Clock:
 
 @command_line
 def main(argv=None):
-    parser = _Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mnist", choices=["digits", "mnist", "fashion_mnist"])
-    parser.add_argument("--epochs", type=_number(int, True), default=3)
+    parser.add_argument("--epochs", type=number_type(int, True), default=3)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
-    parser.add_argument("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
+    parser.add_argument("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
     parser.add_argument("--log", help="append the result to this file, one JSON line a variant")
     parser.set_defaults(precision=None, deterministic=False, teacher="lenet5", student="lenet5_half")
     options = parser.parse_args(argv)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import surrogate_kd
-from common import (BadInput, _number, _Parser, accuracy, batches, command_line, cosine, load_dataset,
+from common import (BadInput, number_type, Parser, accuracy, batches, command_line, cosine, load_dataset,
                     normalize, predict, seeded, set_lr, set_up_device, steps)
 
 
@@ -72,16 +72,16 @@ def draw(axes, model, pixels, data, title, points=2000):
 @command_line
 def main(argv=None):
     from matplotlib.figure import Figure
-    parser = _Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mnist", choices=["digits", "mnist", "fashion_mnist"])
     parser.add_argument("--surrogates", nargs="+", default=["noise", "leaves"],
                         choices=surrogate_kd.GENERATORS)
-    parser.add_argument("--teacher-epochs", type=_number(int, True), default=4)
-    parser.add_argument("--epochs", type=_number(int, True), default=30, help="of the student")
-    parser.add_argument("--pool-images", type=_number(int, True), default=10_000)
+    parser.add_argument("--teacher-epochs", type=number_type(int, True), default=4)
+    parser.add_argument("--epochs", type=number_type(int, True), default=30, help="of the student")
+    parser.add_argument("--pool-images", type=number_type(int, True), default=10_000)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
-    parser.add_argument("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
+    parser.add_argument("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
     parser.add_argument("--out", required=True, help="file to draw, as picture.png")
     parser.set_defaults(precision=None, deterministic=False)
     options = parser.parse_args(argv)

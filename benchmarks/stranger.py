@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (BadInput, DataSpec, ImageSet, _number, _Parser, accuracy, augment, batches, build_model,
+from common import (BadInput, DataSpec, ImageSet, number_type, Parser, accuracy, augment, batches, build_model,
                     build_optimizer, command_line, cosine, device_name, load_dataset, normalize, predict,
                     read_file, recipe_of, seeded, set_lr, set_up_device, steps, versions)
 
@@ -42,14 +42,14 @@ def train_stranger(arch, train, data, recipe, seed):
 
 @command_line
 def main(argv=None):
-    parser = _Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("images", help="images.pt of a run with --synthesize-only")
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--model", default="wrn16_1")
-    parser.add_argument("--seed", type=_number(int, False), default=1)
+    parser.add_argument("--seed", type=number_type(int, False), default=1)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
-    parser.add_argument("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
+    parser.add_argument("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
     parser.add_argument("--flags", default="", help="those that the images were made with, for the log")
     parser.add_argument("--log", help="append the result to this file, as a JSON line")
     parser.set_defaults(precision=None, deterministic=False)

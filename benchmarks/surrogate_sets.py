@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import BadInput, _Parser, command_line, read_file, save_samples
+from common import BadInput, Parser, command_line, read_file, save_samples
 
 
 @command_line
 def main(argv=None):
     from PIL import Image, ImageDraw
-    parser = _Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("pools", nargs="+")
     parser.add_argument("--out", required=True, help="file to draw, a .png")
     options = parser.parse_args(argv)

@@ -52,11 +52,11 @@ import dafl
 import deepinversion
 import rdskd
 import surrogate_kd
-from common import (DATASETS, ImageSet, _number, _Parser, batchnorms, build_model, build_optimizer,
+from common import (DATASETS, ImageSet, number_type, Parser, batchnorms, build_model, build_optimizer,
                     command_line, denormalize, device_name, in_bf16, last_linear, normalize, place_like,
                     predict, recorded_inputs, seeded, set_up_device, versions)
 
-TEST_SET, COUNTED = 10_000, 4          # images; of these the FLOPs are counted
+TEST_SET, COUNTED = 10_000, 4          # images scored; images of a step whose FLOPs are counted
 
 
 class Stopwatch:
@@ -397,18 +397,17 @@ def generation_rates(options):
 
 @command_line
 def main(argv=None):
-    parser = _Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=[*METHODS, "surrogate_kd"], required=True)
-    parser.add_argument("--laps", type=_number(int, True), default=4, help="timed steps of each variant [4]")
+    parser.add_argument("--laps", type=number_type(int, True), default=4, help="timed steps of each variant [4]")
     parser.add_argument("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], help="[tf32 on CUDA, else fp32]")
-    parser.add_argument("--threads", type=_number(int, True), help="CPU threads [as PyTorch chooses]")
-    parser.add_argument("--batch-size", type=_number(int, True), help="images of a step [see above]")
+    parser.add_argument("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
+    parser.add_argument("--batch-size", type=number_type(int, True), help="images of a step [see above]")
     parser.add_argument("--log", help="append the result to this file, one JSON line a variant")
     parser.set_defaults(deterministic=False)
     options = parser.parse_args(argv)
-    if options.method == "surrogate_kd":
-        options.threads = options.threads or 1
+    options.threads = options.threads or (1 if options.method == "surrogate_kd" else None)
     set_up_device(options)
     for row in generation_rates(options) if options.method == "surrogate_kd" else measure(options):
         if options.log:

@@ -212,23 +212,6 @@ def test_rdskd_phase_1_equals_the_algorithm_written_anew(changes):
     same_pictures(found, generator)
 
 
-@pytest.mark.parametrize("reference", ["epoch", "previous"])
-def test_rdskd_a_reference_is_that_of_a_rounds_second_step_or_of_the_step_before(reference, monkeypatch):
-    losses, references, penalty = [], [], rdskd.increment_penalty
-
-    def look(loss, reference):
-        losses.append(loss.item()), references.append(reference.item())
-        return penalty(loss, reference)
-    monkeypatch.setattr(rdskd, "increment_penalty", look)
-    (teacher, _, data), rounds = tiny_networks(), dict(generator_epochs=3, generator_steps=5)
-    rdskd.train_generator(teacher, data, tiny_settings(rdskd, **rounds, reference=reference))
-    for term in (0, 1):                                        # certainty and spread take turns
-        found, remembered = losses[term::2], references[term::2]
-        late = [1] * 5 + [6] * 5 + [11] * 3 if reference == "epoch" else range(1, 14)
-        assert len(set(found)) == 15 and remembered[2:] == [found[step] for step in late]
-        assert remembered[:2] == ([0, 0] if reference == "epoch" else [0, found[0]])
-
-
 def test_rdskd_phase_2_equals_the_algorithm_written_anew_and_leaves_the_generator_alone():
     """In eval mode, on latents that phase 1 did not have."""
     (teacher, student, data), (_, other, _), (_, third, _) = (tiny_networks() for _ in range(3))

@@ -181,18 +181,6 @@ def test_where_nobody_takes_part_nothing_moves(optimizer, queue, monkeypatch):
     assert len(log.rows[0]) > len(student.state_dict()) and all(map(torch.equal, log.rows[0], log.rows[2]))
 
 
-def test_counts_belong_to_the_original_image_under_shuffling_and_augmentation(monkeypatch):
-    """Who takes part is decided by a mark in the image, before augmentation, and counted at its own place."""
-    (_, _, data, train), marked, seen, augment = toy(), torch.arange(60) % 7 == 3, [], rk.augment
-    train.pixels[:, 0, 0, 0] = 16 * marked
-    monkeypatch.setattr(rk, "augment", lambda x, data: seen.append(x[:, 0, 0, 0] > 0.5) or augment(x, data))
-    monkeypatch.setattr(rk, "participates", lambda *_: seen[-1])
-    for crop in (0, 1):
-        data, settings = data._replace(crop=crop), settings_of(queue=bool(crop))
-        counts, shares = rk.train_teacher(toy()[0], data, settings, train=train)
-        near(counts, 3.0 * marked), near(shares, [9 / 60] * 3)
-
-
 @pytest.mark.parametrize("queue, chosen, expected", [
     (True, [7, 5, 5], [17]), (True, [16, 16, 1], [16, 17]), (True, [17, 0, 0], [17]), (True, [1, 0, 0], []),
     (False, [1, 5, 0, 1], [5])], ids=str)

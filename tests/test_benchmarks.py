@@ -1,0 +1,110 @@
+"""benchmarks/: the rival zskd.py, what throughput.py counts, every script at a tiny size."""
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import pictures
+import regulated_saving
+import sampling_picture
+import stranger
+import surrogate_sets
+import throughput
+import zskd
+from conftest import (ROOT, TINY, common, cudfkd, deepinversion, regulated_kd, surrogate_kd, tiny_args,
+                      tiny_networks, tiny_settings)
+from helpers import D, equal, near, refused, rows_of, weights_of
+
+TINY[zskd] = dict(epochs=2, batch_size=8, impressions=20, synthesis_batch_size=8, synthesis_steps=3)
+
+
+def test_zskds_golden_numbers_and_dirichlet():
+    similarity = zskd.class_similarity(torch.tensor([[1, 0, 1], [0, 1, 1], [1, -1, 0]], dtype=D))
+    near(similarity, [[1, 0.5, 0.5], [0.5, 1, -0.5], [0.5, -0.5, 1]], 1e-6)
+    stretched = torch.tensor([[1, 0, 0], [2 / 3, 1, 0], [2 / 3, 0, 1]], dtype=D)
+    near(zskd.concentrations(similarity, 1.0), stretched + 1e-4, 1e-6)
+    near(zskd.concentrations(similarity, 0.1), 0.1 * stretched + 1e-4, 1e-6)
+    y, logits = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], [[20, 0, 10], [0, -10, 30]]], dtype=D)
+    near(zskd.soft_ce_loss(logits, y, 20.0), 0.7933127, 1e-6)
+    near(zskd.kd_loss(logits, 20 * y.log(), 20.0) / 400, 0.7933127 + (y * y.log()).sum(1).mean(), 1e-6)
+    # means of many draws are α / Σα, class by class; the smaller β gives sharper distributions
+    with common.seeded(0):
+        weight = torch.randn(4, 6)
+        smooth, sharp = zskd.draw_targets(weight, 4000).reshape(2, 4, 2000, 4)
+    near(sharp.sum(2), torch.ones(4, 2000))
+    alpha = zskd.concentrations(zskd.class_similarity(weight), 1.0)
+    near(smooth.mean(1), alpha / alpha.sum(1, keepdim=True), 0.03)
+    assert sharp.min() >= 0 and sharp.amax(2).mean() > smooth.amax(2).mean() + 0.1
+
+
+def test_zskd_fits_impressions_to_their_targets_and_trains_the_student_alone():
+    teacher, student, data = tiny_networks()
+    before, losses = [weights_of(network) for network in (teacher, student)], []
+    for steps in (1, 40):
+        settings = tiny_settings(zskd, synthesis_steps=steps, temperature=1.0)
+        pixels, targets = zskd.distill(teacher, student, data, settings)
+        with common.frozen(teacher):
+            losses.append(zskd.soft_ce_loss(teacher(common.normalize(pixels, data)), targets, 1.0))
+    assert losses[1] < losses[0] - 0.1 and len(pixels) == 20 and 0 <= pixels.min() <= pixels.max() <= 1
+    assert equal(before[0], weights_of(teacher)) and not equal(before[1], weights_of(student))
+    near(zskd.moved(pixels, 0.0), pixels)                      # strength 0 moves nothing
+    assert (zskd.moved(pixels, 1.0) - pixels).abs().mean() > 0.05
+
+
+def test_zskds_script_and_its_pool(teacher_file, capsys):
+    assert "at least one a class" in refused(zskd, tiny_args(zskd, teacher_file, impressions=3), capsys)
+    one, two = (zskd.main([*tiny_args(zskd, teacher_file), "--out", out]) or rows_of(out) for out in "12")
+    assert [row["event"] for row in one] == ["start", "note", *["pool"] * 3, "epoch", "epoch", "end"]
+    assert one[-1]["student_acc_last"] == two[-1]["student_acc_last"] and "pool from" in two[1]["text"]
+    assert one[-2]["teacher_queries"] == two[-2]["teacher_queries"] == 3 * 20 + 2 * 20
+
+
+# `wasted`: passes whose weight gradients nobody reads, in the first phase; csd: and its head's
+@pytest.mark.parametrize("name, wasted", [*zip(throughput.METHODS, (5, 1, 1, 1, 1, 2))])
+def test_throughput_times_both_orders_of_work_and_counts_them(name, wasted, in_tmp, monkeypatch):
+    network, shape = ("lenet5", (1, 32, 32)) if name == "dafl-mnist" else ("wrn10_1", (3, 32, 32))
+    method = throughput.METHODS[name]._replace(networks=(network, network))
+    monkeypatch.setitem(throughput.METHODS, name, method)
+    throughput.main(["--method", name, "--laps", "1", "--batch-size", "2", "--log", "log.jsonl"])
+    rows, first, few = rows_of("."), [*method.images][0], dict.fromkeys(method.images, 2)
+    assert [row["variant"] for row in rows if row[first]["fraction"] > 0] == ["authors", "here"]
+    authors, here = (throughput.gflop(method, variant, few, torch.device("cpu"), scored=False)[first]
+                     for variant in ("authors", "here"))
+    with FlopCounterMode(display=False) as mode, torch.no_grad():
+        common.build_model(network, 10, shape).eval()(torch.zeros(2, *shape))
+    wasted *= mode.get_total_flops() / 1e9         # weight gradients take as much as the forward pass
+    assert authors - here == pytest.approx(wasted, rel=1e-3 if name == "csd" else 1e-6)
+
+
+def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys):
+    for method in (cudfkd, regulated_kd):
+        method.main([*tiny_args(method, teacher_file), "--out", method.__name__])
+    for command in ("curriculum cudfkd", "regulation regulated_kd", "side-by-side cudfkd regulated_kd"):
+        pictures.main([*command.split(), "--out", "picture.png"])
+        assert min(Image.open("picture.png").size) > 350
+    medians = [row["difficulty"][2] for row in rows_of("cudfkd") if row["event"] == "epoch"]
+    assert list(pictures.curriculum("cudfkd").axes[0].lines[0].get_ydata()) == medians
+    assert len(pictures.curriculum(ROOT / "benchmarks/results/c07d91b/cudfkd-digits.jsonl").axes) == 4
+    for command, said in (("curriculum regulated_kd", "no run of cudfkd"), ("regulation cudfkd", "not of"),
+                          ("curriculum nowhere", "not a runs log"), ("regulation a b", "draws one run")):
+        assert said in refused(pictures, [*command.split(), "--out", "no.png"], capsys)
+
+
+def test_the_other_scripts(teacher_file, in_tmp, monkeypatch, capsys):
+    deepinversion.main([*tiny_args(deepinversion, teacher_file), "--synthesize-only", "12", "--out", "made"])
+    monkeypatch.setattr(stranger, "recipe_of", lambda *args: common.recipe_of(*args, epochs=3))
+    monkeypatch.setattr(regulated_saving, "load_networks", lambda *args: tiny_networks()[:2])
+    stranger.main(["made/images.pt", "--model", "wrn10_2", "--log", "log.jsonl"])
+    regulated_saving.main(["--dataset", "digits", "--epochs", "1", "--log", "log.jsonl"])
+    throughput.main(["--method", "surrogate_kd", "--laps", "1", "--log", "log.jsonl"])
+    judged, plain, *_ = rows = rows_of(".")
+    names = [row.get("kind", row.get("generator", row["variant"])) for row in rows]
+    assert names == ["stranger", *regulated_saving.VARIANTS, *surrogate_kd.GENERATORS]
+    assert judged["images"] == 12 and judged["test_acc"] > 0.5 and plain["used"] == plain["of_plain"] == 1
+    for name in ("noise", "leaves"):
+        surrogate_kd.main([*tiny_args(surrogate_kd, teacher_file), "--surrogate", name, "--inspect-only"])
+    surrogate_sets.main([*map(str, in_tmp.glob("checkpoints/toy.*-seed0.pt")), "--out", "sets.png"])
+    sampling_picture.main("--dataset digits --epochs 1 --pool-images 40 --out plane.png".split())
+    assert min(Image.open("plane.png").size) > 250 and Image.open("sets.png").size[1] > 80
+    assert "holds no images" in refused(stranger, [str(teacher_file)], capsys)
+    assert "no pool" in refused(surrogate_sets, [str(teacher_file), "--out", "no.png"], capsys)
