@@ -604,16 +604,27 @@ def timed(name):
 
 
 def steps(total, name, order=None):
-    """`range(total)`, or the first `total` of an iterator, with a progress bar; timed as `name`."""
+    """`range(total)`, or the first `total` of an iterable, with a progress bar; timed as `name`."""
     each = range(total) if order is None else itertools.islice(order, total)
     with timed(name):
         yield from tqdm(each, name, total, leave=False, disable=None)
 
 
+def one_pass(n, size, device="cpu"):
+    """Batches of the indices below n in random order; the last may be short.   -> list
+
+    A single index left over joins the batch before it: BatchNorm cannot normalise one image alone.
+    """
+    *parts, last = torch.randperm(n, device=device).split(size)
+    if parts and len(last) == 1:
+        last = torch.cat([parts.pop(), last])
+    return [*parts, last]
+
+
 def batches(n, size, device="cpu"):
-    """Endless batches of indices below n: passes without replacement, the last batch of each may be short."""
+    """One pass after another, without end."""
     while True:
-        yield from torch.randperm(n, device=device).split(size)
+        yield from one_pass(n, size, device)
 
 
 class Means:
@@ -760,9 +771,9 @@ def train_teacher(arch, dataset, path, options, recipe):
             arch=arch, dataset=dataset, threads=options.threads, precision=options.precision, **recipe))
         for epoch in range(checkpoint.resume(model=model, optimizer=optimizer), epochs):
             set_lr(optimizer, cosine(lr, epoch, epochs))
-            means, order = Means(), batches(len(train.labels), size, options.device)
+            means, order = Means(), one_pass(len(train.labels), size, options.device)
             model.train()
-            for batch in steps(math.ceil(len(train.labels) / size), "training", order):
+            for batch in steps(len(order), "training", order):
                 images = normalize(augment(train.pixels[batch] / train.scale, data), data)
                 loss = F.cross_entropy(model(images), train.labels[batch])
                 optimizer.zero_grad()
@@ -947,11 +958,13 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
         shown = next(iter(values.values()))
         if len(set(values.values())) > 1:
             shown = ", ".join(f"{key} {value}" for key, value in values.items())
-        above_0 = "0 = " not in text if field.type is int else name.startswith("lr_") or name == "temperature"
+        above_0 = name.startswith("lr_") or name == "temperature"
+        if field.type is int and name != "seed":
+            above_0 = "0 = " not in text
         how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
                dict(choices=get_args(field.type)) if get_origin(field.type) is Literal else
                dict(type=str) if field.type is str else
-               dict(type=number_type(int, False, 2 ** 32) if name == "seed" else number_type(field.type, above_0)))
+               dict(type=number_type(field.type, above_0, 2 ** 32 if name == "seed" else math.inf)))
         text = f"{text} [{shown}]".replace("%", "%%")
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))

@@ -294,7 +294,7 @@ def synthesize(teacher, data, settings, total_steps, student=None, head=None):
     optimizer = torch.optim.Adam([*generator.parameters(), z], settings.lr_generator, betas=(0.5, 0.999))
     best_pixels = torch.zeros(n, *data.image_shape, device=device)
     best_loss = torch.tensor(math.inf, device=device)
-    layers = batchnorms(teacher, data)
+    layers = batchnorms(teacher, data) if settings.bn else []
     running = [(layer.running_mean, layer.running_var) for layer in layers]
     fixed, features_of = ([teacher, student, head], [last_linear(student)]) if student else ([teacher], [])
     means = Means()
@@ -304,7 +304,7 @@ def synthesize(teacher, data, settings, total_steps, student=None, head=None):
             images = normalize(augment(pixels, data), data)
             teacher_logits = teacher(images)                                 # (N, K)
             loss_oh = one_hot_loss(teacher_logits, targets)
-            loss_bn = bn_loss([statistics[layer] for layer in layers], running)          # 0 without BatchNorm
+            loss_bn = bn_loss([statistics[layer] for layer in layers], running)          # 0 without layers
             loss_csd = loss_adversarial = 0.0
             if student and settings.csd:
                 student(rotations(images))                                   # (N, C, H, W) -> (4N, C, H, W)

@@ -66,9 +66,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Run, augment, batches, batchnorms, build_model, command_line, cosine,
-                    dataset_spec, frozen, load_dataset, load_networks, normalize, parse, place_like, seeded,
-                    set_lr, steps, with_own_seed)
+from common import (BadInput, Means, Run, augment, batchnorms, build_model, command_line, cosine,
+                    dataset_spec, frozen, load_dataset, load_networks, normalize, one_pass, parse, place_like,
+                    seeded, set_lr, steps, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -223,8 +223,7 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
     device, means, before = rows.device, Means(), counts.sum()
     least = 2 if batchnorms(model, data) else 1            # BatchNorm cannot normalise a single 1x1 map
     queueing = settings.queue and threshold is not None
-    scan_size = settings.scan_batch_size if queueing else size
-    total = math.ceil(len(rows) / scan_size)
+    order = one_pass(len(rows), settings.scan_batch_size if queueing else size, device)
     waiting, waiting_rows = torch.empty(0, *data.image_shape, device=device), rows[:0]   # the queue
 
     def learn(images, rows, visited=None):
@@ -239,7 +238,7 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
         means.add(loss=loss)
 
     model.train()
-    for step, batch in enumerate(steps(total, phase, batches(len(rows), scan_size, device))):
+    for step, batch in enumerate(steps(len(order), phase, order)):
         batch = rows[batch]                                                  # (N,) places in the set
         visited = len(batch) if settings.reduction == "visited" else None
         images = normalize(augment(train.pixels[batch] / train.scale, data), data)       # (N, C, H, W)
@@ -256,7 +255,7 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
                 learn(images, batch, visited)
             continue
         waiting, waiting_rows = torch.cat([waiting, images]), torch.cat([waiting_rows, batch])
-        last = step == total - 1
+        last = step == len(order) - 1
         while len(waiting) >= size or (last and len(waiting) >= least):    # full batches; at the end the rest
             now = len(waiting) if last and len(waiting) - size < least else size
             learn(waiting[:now], waiting_rows[:now])
