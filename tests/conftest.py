@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository's root on the path, an empty working folder, tiny networks and settings."""
+"""Shared by all tests: the repository's root on the path, an empty folder, tiny networks and settings."""
 import dataclasses
 import sys
 from pathlib import Path
@@ -23,16 +23,17 @@ DATA_FREE = [csd, cudfkd, dafl, deepinversion, rdskd]
 THREADS = min(2, torch.get_num_threads())        # OMP_NUM_THREADS=1 asks for one
 # settings with which a run takes a second or two; a new method needs one entry here and one in METHODS
 TINY = {
-    csd: dict(epochs=2, batch_size=8, student_steps=3, synthesis_batch_size=10, synthesis_steps=2, latent_dim=6,
-              bank_rounds=2, bank_synthesis_steps=2),
+    csd: dict(epochs=2, batch_size=8, student_steps=3, synthesis_batch_size=10, synthesis_steps=2,
+              latent_dim=6, bank_rounds=2, bank_synthesis_steps=2),
     dafl: dict(epochs=2, student_steps=3, batch_size=8, latent_dim=6, generator_width=4),
-    rdskd: dict(epochs=2, student_steps=3, batch_size=8, generator_epochs=2, generator_steps=3, synthesis_batch_size=8,
-                latent_dim=6, generator_width=4),
+    rdskd: dict(epochs=2, student_steps=3, batch_size=8, generator_epochs=2, generator_steps=3,
+                synthesis_batch_size=8, latent_dim=6, generator_width=4),
     deepinversion: dict(epochs=2, batch_size=8, student_steps=3, initial_batches=2, pool_batches=4,
                         synthesis_batch_size=10, synthesis_steps=2),
-    cudfkd: dict(epochs=2, batch_size=8, student_steps=4, round_steps=2, synthesis_batch_size=6, images_per_pass=5,
-                 latent_dim=6, generator_width=4),
-    regulated_kd: dict(epochs=2, teacher_epochs=2, batch_size=480, teacher_batch_size=480, scan_batch_size=480),
+    cudfkd: dict(epochs=2, batch_size=8, student_steps=4, round_steps=2, synthesis_batch_size=6,
+                 images_per_pass=5, latent_dim=6, generator_width=4),
+    regulated_kd: dict(epochs=2, teacher_epochs=2, batch_size=480, teacher_batch_size=480,
+                       scan_batch_size=480),
     surrogate_kd: dict(epochs=2, batch_size=8, pool_images=40, pool_budget=1, attacks=2, attack_iterations=4),
 }
 
@@ -46,7 +47,7 @@ def tiny_networks(teacher="wrn10_1", student="wrn10_1"):
     """Untrained teacher and student for digits, always the same ones, and the DataSpec."""
     data = common.DATASETS["digits"]
     with common.seeded(0):
-        return common.build_model(teacher, 10, data.image_shape), common.build_model(student, 10, data.image_shape), data
+        return *(common.build_model(name, 10, data.image_shape) for name in (teacher, student)), data
 
 
 def real_images(method, teacher, data, settings):
@@ -66,9 +67,9 @@ def tiny_args(method, teacher_file, **changes):
     flags = []
     for name, value in {**TINY[method], **changes}.items():
         flag = name.replace("_", "-")
-        flags += ["--" + "no-" * (value is False) + flag] if isinstance(value, bool) else ["--" + flag, str(value)]
-    return ["--dataset", "digits", "--teacher", str(teacher_file), "--student", "wrn10_1", "--threads", str(THREADS),
-            *flags]
+        flags += ["--" + "no-" * (not value) + flag] if isinstance(value, bool) else ["--" + flag, str(value)]
+    return ["--dataset", "digits", "--teacher", str(teacher_file), "--student", "wrn10_1",
+            "--threads", str(THREADS), *flags]
 
 
 @pytest.fixture

@@ -139,7 +139,8 @@ def test_networks_that_are_not_of_common(method):
 OTHER = dict(
     teacher_last_map="groups", student_last_map="groups", beta1=0.5, beta2=0.5, pool_batches=3, round_steps=4,
     student_steps=6, synthesis_batch_size=12, surrogate="leaves", magnitude=28, attacks=1,
-    attack_iterations=1, attack_threshold=0.11, deeper_step=20.0, normalization="mean1", ramp_begin=0.5, ramp_end=1.0)
+    attack_iterations=1, attack_threshold=0.11, deeper_step=20.0, normalization="mean1", ramp_begin=0.5,
+    ramp_end=1.0)
 # What else has to be set, so that a setting matters.
 RAMP, SURE, WEIGHTED = dict(epochs=4, adversarial_end=50.0), dict(alpha_epochs=0.2), dict(mode="significance")
 ATTACK = dict(boundary_attack=True, attack_step=20.0, deeper_step=60.0, deeper_radius=30.0)

@@ -1,403 +1,302 @@
-"""common.py, rooms 6 and 7: files that are whole at every moment, teachers, flags, run folders, refusals in a sentence."""
-import json
+"""common.py, rooms 6 and 7: whole files, teachers, flags, run folders, one clear sentence for bad input."""
+import inspect
 import math
 import os
+import re
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
-import torchvision
 from PIL import Image
 
 import common
 from common import BadInput
-from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, regulated_kd, surrogate_kd
-from conftest import tiny_args, tiny_networks
+from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, regulated_kd, tiny_args
 from helpers import equal, refused, rows_of, save_untrained
-from test_methods import Killed, files_of, killed
+from test_methods import each, files_of, killed
 
-DIGITS, CPU = common.DATASETS["digits"], torch.device("cpu")
+DIGITS = common.DATASETS["digits"]
 
 
-# --------------------------------------------------------------------------------------------------- files, checkpoints
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "file.pt"
-    common.write({"a": 1}, path)
-
+# ------------------------------------------------------------------------------------------------------ files
+@pytest.mark.parametrize("place, name", [(torch, "save"), (os, "fsync"), (os, "replace")])
+def test_a_failed_write_leaves_the_old_file_and_no_other(place, name, tmp_path, monkeypatch):
     def disk_full(*args):
         raise OSError("disk full")
-    for place, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
-        with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(place, name, disk_full)
-            common.write({"a": 2}, path, torch.save)
-        assert torch.load(path) == {"a": 1} and [each.name for each in tmp_path.iterdir()] == ["file.pt"]
+    common.write({"a": 1}, tmp_path / "file.pt")
+    monkeypatch.setattr(place, name, disk_full)
+    with pytest.raises(OSError):
+        common.write({"a": 2}, tmp_path / "file.pt", torch.save)
+    assert torch.load(tmp_path / "file.pt") == {"a": 1} and os.listdir(tmp_path) == ["file.pt"]
 
 
 class Anything:
     """A pickle of this would run code where torch.load lets it."""
 
 
-def damages(path):
-    """Bytes that are not what they should be."""
-    whole = path.read_bytes()
-    for content in (Anything(), torch.ones(3), {"weights": {}}):
-        torch.save(content, path)
-        yield path.read_bytes()
-    yield from (whole[:len(whole) // 2], b"", b"no file of torch\n" * 9)
-
-
 def test_damaged_hostile_and_foreign_files_are_refused_and_kept(teacher_file, in_tmp, capsys):
-    """A teacher's file, a checkpoint, a bank. Stages and other settings: test_methods.py."""
     args = [*tiny_args(csd, teacher_file), "--out", "out", "--resume"]
     with killed("after save 3"):                               # two rounds of the bank, an epoch
         csd.main(args)
-    for path in (teacher_file, in_tmp / "checkpoints" / "toy.bank-seed0.pt", in_tmp / "out" / "checkpoint.pt"):
+    for path in (teacher_file, in_tmp / "checkpoints/toy.bank-seed0.pt", in_tmp / "out/checkpoint.pt"):
         whole = path.read_bytes()
-        for damage in damages(path):
-            path.write_bytes(damage)
-            before = files_of(in_tmp)
-            assert path.name in refused(csd, args, capsys) and files_of(in_tmp) == before
+        for damage in (whole[:len(whole) // 2], b"", b"no file\n", Anything(), torch.ones(3), {"state": 1}):
+            path.write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, path)
+            before = files_of()
+            assert path.name in refused(csd, args, capsys) and files_of() == before
         path.write_bytes(whole)
     csd.main(args)
-    assert rows_of("out")[-1]["event"] == "end"
 
 
 @pytest.mark.parametrize("change", [
-    {"num_classes": 1}, {"num_classes": 10 ** 9}, {"num_classes": 10.0}, {"image_shape": (1, 8)}, {"image_shape": (1, -8, 8)},
-    {"image_shape": (10 ** 9, 8, 8)}, {"image_shape": (1, 8.0, 8.0)}, {"std": (0.0,)}, {"std": ("1",)}, {"mean": (0.0, 0.0)},
-    {"mean": (math.nan,)}, {"crop": -1}, {"crop": 1.5}], ids=str)
+    {"num_classes": 1}, {"num_classes": 10 ** 9}, {"num_classes": 10.0}, {"crop": -1}, {"crop": 1.5},
+    {"image_shape": (1, 8)}, {"image_shape": (1, -8, 8)}, {"image_shape": (10 ** 9, 8, 8)}, {"std": (0.0,)},
+    {"std": ("1",)}, {"mean": (0.0, 0.0)}, {"mean": (math.nan,)}], ids=str)
 def test_a_teachers_file_with_impossible_data_is_refused(change, in_tmp, capsys):
-    save_untrained("toy.pt", "wrn10_1", DIGITS)
-    content = torch.load("toy.pt", weights_only=True)
+    content = torch.load(save_untrained("toy.pt", "wrn10_1"), weights_only=True)
     torch.save({**content, "data": {**content["data"], **change}}, "toy.pt")
     assert "not a teacher file" in refused(dafl, tiny_args(dafl, "./toy.pt"), capsys)
 
 
-def test_a_checkpoint_restores_everything_in_place(tmp_path):
-    def state_of(seed):
-        torch.manual_seed(seed)
-        layer, z = nn.Linear(2, 2), torch.rand(3)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=seed + 1)
-        layer(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
-        return dict(layer=layer, optimizer=optimizer, z=z)
-    keeper, state = common.Checkpoint(tmp_path / "c.pt", {"a": 1}), state_of(0)
-    assert keeper.resume(**state) == 0
-    common.COSTS["teacher_queries"] = 7
-    keeper.rows.append({"x": 1})
-    keeper.save(4)
-    drawn = torch.rand(2)
-    keeper, other = common.Checkpoint(tmp_path / "c.pt", {"a": 1}), state_of(1)
-    weight, z = other["layer"].weight, other["z"]
-    assert keeper.resume(**other) == 5 and keeper.rows == [{"x": 1}] and common.COSTS["teacher_queries"] == 7
-    assert torch.equal(weight, state["layer"].weight) and torch.equal(z, state["z"]) and torch.equal(drawn, torch.rand(2))
-    assert other["optimizer"].param_groups[0]["lr"] == 1 and len(other["optimizer"].state) == 2
-    for identity, more, message in (({"a": 2}, {}, "a = 1, this command has a = 2"), ({"a": 1}, {"new": z}, "another version")):
-        with pytest.raises(BadInput, match=message):
-            common.Checkpoint(tmp_path / "c.pt", identity).resume(**other, **more)
-
-
-# ------------------------------------------------------------------------------------------------------------- teachers
+# --------------------------------------------------------------------------------------------------- teachers
 def load(**options):
     """Teacher and student as a script gets them, and its options."""
-    options = SimpleNamespace(**{**dict(teacher="wrn10_1", student="wrn10_1", dataset="digits", data_dir="data", device=CPU,
-                                        precision="fp32", threads=THREADS), **options})
+    usual = dict(teacher="wrn10_1", student="wrn10_1", dataset="digits", precision="fp32", data_dir="data",
+                 device=torch.device("cpu"), threads=THREADS)
+    options = SimpleNamespace(**{**usual, **options})
     networks = common.load_networks(options, SimpleNamespace(seed=0), common.dataset_spec(options))
     return *networks, options
 
 
-@pytest.fixture
-def short_recipe(monkeypatch):
+def test_a_teacher_is_trained_once_goes_on_after_a_kill_and_says_all_in_its_file(in_tmp, monkeypatch, capsys):
     monkeypatch.setitem(common.RECIPES, "digits", (3, 256))
-
-
-def test_a_teacher_is_trained_once_and_its_file_says_all(in_tmp, short_recipe, monkeypatch, capsys):
-    first, student, options = load()
+    teacher, student, options = load()
     path = in_tmp / "checkpoints" / "digits_wrn10_1.pt"
-    kept = path.read_bytes()
-    second, _, _ = load()
-    assert path.read_bytes() == kept and equal(first.state_dict(), second.state_dict())
-    assert options.teacher_name == "digits_wrn10_1" and not first.training and student.training
-    content = common.read_classifier(path)
-    assert common.DataSpec(**content["data"]) == DIGITS and content["dataset"] == "digits" and content["seed"] == 0
-    assert {"arch", "recipe", "versions", "device", "precision"} <= set(content) and content["seconds"] > 0
+    kept, content = path.read_bytes(), common.read_classifier(path)
+    assert equal(load()[0].state_dict(), teacher.state_dict()) and path.read_bytes() == kept
+    assert options.teacher_name == "digits_wrn10_1" and not teacher.training and student.training
+    assert common.DataSpec(**content["data"]) == DIGITS and content["seed"] == 0 and content["seconds"] > 0
+    assert {"arch", "recipe", "versions", "device", "precision", "dataset"} <= set(content)
     test, _ = common.load_dataset("digits", False)
-    assert common.accuracy(common.predict(first, test, DIGITS), test.labels) == pytest.approx(content["test_acc"]) > 0.3
-    assert [each.name for each in path.parent.iterdir()] == [path.name] and "training teacher" in capsys.readouterr().out
-    monkeypatch.setitem(common.RECIPES, "digits", (4, 256))
-    with pytest.raises(BadInput, match="--teacher checkpoints/digits_wrn10_1.pt"):
-        load()
-    assert equal(load(teacher="checkpoints/digits_wrn10_1.pt")[0].state_dict(), first.state_dict())
-
-
-def test_a_killed_teacher_goes_on_bit_for_bit(in_tmp, short_recipe):
-    load()
-    path = in_tmp / "checkpoints" / "digits_wrn10_1.pt"
-    straight = common.read_classifier(path)
+    score = common.accuracy(common.predict(teacher, test, DIGITS), test.labels)
+    assert content["test_acc"] == pytest.approx(score)
+    assert capsys.readouterr().out.count("training teacher") == 1
     path.unlink()
-    for moment in ("after save 1", "before save 2", "after save 2"):
+    for moment in ("after save 1", "before save 2", "after save 1"):
         with killed(moment):
             load()
-        assert not path.exists() and len(list(path.parent.iterdir())) == 1
+        assert os.listdir("checkpoints") == ["digits_wrn10_1.partial.pt"]
     load()
-    content = common.read_classifier(path)
-    assert equal(straight["weights"], content["weights"]) and straight["test_acc"] == content["test_acc"]
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert equal(common.read_classifier(path)["weights"], content["weights"])
+    assert os.listdir("checkpoints") == [path.name]
+    monkeypatch.setitem(common.RECIPES, "digits", (4, 256))
+    with pytest.raises(BadInput, match="recipe = .*--teacher checkpoints/digits_wrn10_1.pt"):
+        load()
+    assert equal(load(teacher="checkpoints/digits_wrn10_1.pt")[0].state_dict(), teacher.state_dict())
 
 
 def test_a_teacher_by_itself_is_never_replaced(in_tmp, capsys):
     argv = ["--model", "wrn10_1", "--dataset", "digits", "--epochs", "1", "--batch-size", "512"]
     common.main(argv)
     assert "test accuracy" in capsys.readouterr().out
-    assert "is there already" in refused(common, argv, capsys)
     assert common.read_classifier("checkpoints/digits_wrn10_1.pt")["recipe"]["epochs"] == 1
-    for flags, message in ((["--dataset", "mnist99"], "unknown data set"), (["--model", "x"], "unknown model x"),
-                           (["--dataset", "imagenet"], "no teacher is trained on imagenet")):
-        assert message in refused(common, [*argv, *flags, "--out", "new.pt"], capsys)
+    for flags, words in (("", "is there already"), ("--out o.pt --dataset mnist99", "unknown data set"),
+                         ("--out o.pt --model x", "unknown model x"),
+                         ("--out o.pt --dataset imagenet", "no teacher is trained on imagenet")):
+        assert words in refused(common, [*argv, *flags.split()], capsys)
 
 
 def test_recipes_are_the_ones_that_reach_published_accuracies():
-    sgd = dict(epochs=200, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="cosine")
-    assert common.recipe_of("resnet34", "cifar10") == sgd and common.recipe_of("lenet5_bn", "mnist")["optimizer"] == "sgd"
-    adam = dict(epochs=10, batch_size=256, optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="cosine")
-    assert common.recipe_of("lenet5", "mnist") == adam == common.recipe_of("lenet5_half", "mnist")
-
-
-OWN = """
-import torch.nn as nn
-def network(classes=10):
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(8, classes))
-def seven():
-    return network(7)
-def large():
-    return nn.Sequential(nn.Flatten(), nn.Linear(999, 10))
-def number():
-    return 3
-"""
+    assert common.recipe_of("resnet34", "cifar10") == dict(
+        epochs=200, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="cosine")
+    assert common.recipe_of("lenet5", "mnist") == common.recipe_of("lenet5_half", "mnist") == dict(
+        epochs=10, batch_size=256, optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="cosine")
+    assert common.recipe_of("lenet5_bn", "mnist")["optimizer"] == "sgd"
 
 
 def test_networks_of_the_users_own_module(in_tmp, capsys):
-    (in_tmp / "my_nets.py").write_text(OWN)
-    teacher, student, options = load(teacher="my_nets:network", student="my_nets:network")
-    assert options.teacher_name == "my_nets_network" and not teacher.training
-    for name, message in (("my_nets:seven", "finite logits"), ("my_nets:large", "does not take images of shape"),
-                          ("my_nets:number", "not a torch.nn.Module"), ("my_nets:none", "could not be built"),
-                          ("no_nets:network", "could not be built"), ("torchvision:resnet1", "could not be built")):
+    (in_tmp / "my_nets.py").write_text(
+        "from torch.nn import Conv2d, Flatten, Linear, Sequential\n"
+        "network = lambda: Sequential(Conv2d(1, 8, 3), Flatten(), Linear(288, 10))\n"
+        "seven = lambda: Sequential(Flatten(), Linear(64, 7))\n"
+        "large = lambda: Sequential(Flatten(), Linear(999, 10))\n")
+    dafl.main([*tiny_args(dafl, "my_nets:network"), "--student", "my_nets:network", "--out", "out"])
+    assert common.read_classifier("out/student.pt")["arch"] == "my_nets:network"
+    dafl.main([*tiny_args(dafl, "out/student.pt"), "--out", "next"])
+    for name, words in (("my_nets:seven", "finite logits"), ("my_nets:large", "does not take images"),
+                        ("my_nets:none", "could not be built"), ("no_nets:x", "could not be built")):
         for flag in ("--teacher", "--student"):
-            args = [*tiny_args(dafl, "wrn10_1"), "--student", "wrn10_1", flag, name]
-            if flag == "--teacher" or "resnet1" in name or "could" not in message:
-                assert message in refused(dafl, args, capsys), (flag, name)
+            assert words in refused(dafl, [*tiny_args(dafl, "my_nets:network"), flag, name], capsys)
 
 
 def test_a_teacher_for_another_set_or_with_other_weights_is_refused(in_tmp, capsys):
-    for name, data in (("image shape", DIGITS._replace(image_shape=(1, 16, 16))), ("classes", DIGITS._replace(num_classes=7))):
-        save_untrained("toy.pt", "wrn10_1", data)
-        assert f"is for {name}" in refused(dafl, tiny_args(dafl, "./toy.pt"), capsys)
-    common.save_classifier("toy.pt", common.build_model("wrn10_2", 10, DIGITS.image_shape), "wrn10_1", DIGITS, "digits")
+    for change in (dict(image_shape=(1, 16, 16)), dict(num_classes=7)):
+        save_untrained("toy.pt", "wrn10_1", DIGITS._replace(**change))
+        assert re.search("for image shape|for classes", refused(dafl, tiny_args(dafl, "./toy.pt"), capsys))
+    content = torch.load(save_untrained("toy.pt", "wrn10_2"), weights_only=True)
+    torch.save({**content, "arch": "wrn10_1"}, "toy.pt")
     assert "do not fit wrn10_1" in refused(dafl, tiny_args(dafl, "./toy.pt"), capsys)
 
 
 def test_what_a_method_needs_is_asked_before_a_teacher_is_trained(in_tmp, monkeypatch, capsys):
-    """A BatchNorm, an image size, a map: no hours of training come before such a refusal."""
-    for part in ("train", "test"):
-        for label in "ab":
-            (in_tmp / "odd" / part / label).mkdir(parents=True)
-            Image.new("L", (10, 10)).save(in_tmp / "odd" / part / label / "0.png")
-    monkeypatch.setattr(common, "train_teacher", None)         # would be called, and is not callable
-    assert "no BatchNorm" in refused(deepinversion, ["--dataset", "digits", "--teacher", "lenet5"], capsys)
-    assert "must be a layer" in refused(csd, ["--dataset", "digits", "--teacher-last-map", "nowhere"], capsys)
-    for method in METHODS:
-        if hasattr(method, "Generator"):
-            argv = ["--dataset", "folder:odd", "--preset", "digits", "--teacher", "wrn10_1", "--student", "wrn10_1"]
-            assert "multiple" in refused(method, argv, capsys)
+    for part, label in ((part, label) for part in ("train", "test") for label in "ab"):
+        (in_tmp / "odd" / part / label).mkdir(parents=True)
+        Image.new("L", (10, 10)).save(in_tmp / "odd" / part / label / "0.png")
+    monkeypatch.setattr(common, "train_teacher", None)         # would be called, and cannot be
+    assert "no BatchNorm" in refused(deepinversion, "--dataset digits --teacher lenet5".split(), capsys)
+    assert "no layer nowhere" in refused(csd, "--dataset digits --teacher-last-map nowhere".split(), capsys)
+    for method in (method for method in METHODS if hasattr(method, "Generator")):
+        argv = "--dataset folder:odd --preset digits --teacher wrn10_1 --student wrn10_1".split()
+        assert "multiple" in refused(method, argv, capsys)
 
 
-# ---------------------------------------------------------------------------------------------------- flags and presets
-def parsed(method, *argv, pairs=None, variant=lambda flags: ""):
-    return common.parse(method.__name__, method.__doc__, method.Settings, method.PRESETS, list(argv), pairs, variant)
+# ------------------------------------------------------------------------------------------ flags and presets
+def parsed(method, text):
+    return common.parse(method.__name__, method.__doc__, method.Settings, method.PRESETS, text.split())
 
 
-def test_a_preset_is_found_by_pair_data_set_or_name_and_flags_beat_it(teacher_file):
-    for method, argv, preset, dataset, teacher, student in (
-            (csd, "", "cifar10", "cifar10", "resnet34", "resnet18"),
-            (csd, "--teacher wrn40_2 --student wrn16_1", "cifar10-wrn40_2-wrn16_1", "cifar10", "wrn40_2", "wrn16_1"),
-            (csd, "--preset cifar10-wrn40_2-wrn16_1", "cifar10-wrn40_2-wrn16_1", "cifar10", "wrn40_2", "wrn16_1"),
-            (csd, "--preset cifar10-short", "cifar10-short", "cifar10", "resnet34", "resnet18"),
-            (csd, "--preset digits", "digits", "digits", "wrn16_2", "wrn16_1"),
-            (csd, "--dataset svhn", "svhn", "svhn", "wrn40_2", "wrn16_1"),
-            (csd, f"--teacher {teacher_file}", "digits", "digits", str(teacher_file), "wrn16_1"),
-            (csd, f"--teacher {teacher_file} --dataset none", "digits", "none", str(teacher_file), "wrn16_1"),
-            (cudfkd, "--teacher wrn40_2 --student wrn16_2", "cifar10-wrn", "cifar10", "wrn40_2", "wrn16_2"),
-            (cudfkd, "--teacher wrn40_2 --student resnet18", "cifar10", "cifar10", "wrn40_2", "resnet18"),
-            (cudfkd, "--dataset cifar100 --teacher wrn16_4 --student wrn16_1", "cifar100-wrn", "cifar100", "wrn16_4", "wrn16_1"),
-            (dafl, "--dataset mnist", "mnist", "mnist", "lenet5", "lenet5_half"),
-            (deepinversion, "--dataset imagenet", "imagenet", "imagenet", "torchvision:resnet50", "torchvision:resnet18"),
-            (regulated_kd, "--teacher alexnet --student alexnet_half", "cifar10-alexnet-alexnet_half", "cifar10", "alexnet",
-             "alexnet_half")):
-        options, settings = parsed(method, *argv.split())
-        found = options.preset, options.dataset, options.teacher, options.student
-        assert found == (preset, dataset, teacher, student) and settings == method.PRESETS[preset] and not options.changed
-    options, settings = parsed(csd, *"--preset digits --epochs 3 --csd 0 --raw-head --seed 7 --student-steps 180".split())
+WIDE = "--teacher wrn40_2 --student "
+
+
+@pytest.mark.parametrize("method, flags, preset, dataset, teacher, student", [
+    (csd, "", "cifar10", "cifar10", "resnet34", "resnet18"),
+    (csd, WIDE + "wrn16_1", "cifar10-wrn40_2-wrn16_1", "cifar10", "wrn40_2", "wrn16_1"),
+    (csd, "--preset cifar10-wrn40_2-wrn16_1", "cifar10-wrn40_2-wrn16_1", "cifar10", "wrn40_2", "wrn16_1"),
+    (csd, "--preset cifar10-short", "cifar10-short", "cifar10", "resnet34", "resnet18"),
+    (csd, "--preset digits", "digits", "digits", "wrn16_2", "wrn16_1"),
+    (csd, "--dataset svhn", "svhn", "svhn", "wrn40_2", "wrn16_1"),
+    (csd, "--teacher checkpoints/toy.pt", "digits", "digits", "checkpoints/toy.pt", "wrn16_1"),
+    (csd, "--teacher checkpoints/toy.pt --dataset none", "digits", "none", "checkpoints/toy.pt", "wrn16_1"),
+    (cudfkd, WIDE + "wrn16_2", "cifar10-wrn", "cifar10", "wrn40_2", "wrn16_2"),
+    (cudfkd, WIDE + "wrn16_1 --dataset cifar100", "cifar100-wrn", "cifar100", "wrn40_2", "wrn16_1"),
+    (cudfkd, WIDE + "resnet18", "cifar10", "cifar10", "wrn40_2", "resnet18"),
+    (dafl, "--dataset mnist", "mnist", "mnist", "lenet5", "lenet5_half"),
+    (deepinversion, "--dataset imagenet", "imagenet", "imagenet", "torchvision:resnet50",
+     "torchvision:resnet18")])
+def test_a_preset_is_found_by_name_pair_family_or_data_set(
+        method, flags, preset, dataset, teacher, student, teacher_file):
+    options, settings = parsed(method, flags)
+    assert settings == method.PRESETS[preset] and not options.changed
+    found = options.preset, options.dataset, options.teacher, options.student
+    assert found == (preset, dataset, teacher, student)
+
+
+def test_flags_beat_the_preset_and_are_named_as_changed():
+    options, settings = parsed(csd, "--preset digits --epochs 3 --csd 0 --raw-head --seed 7 --batch-size 64")
     assert (settings.epochs, settings.csd, settings.raw_head, settings.seed) == (3, 0.0, True, 7)
-    assert options.changed == {"epochs": 3, "csd": 0.0, "raw_head": True} and settings.bn == csd.PRESETS["digits"].bn
-    assert parsed(csd, "--preset", "digits", "--no-raw-head")[1] == csd.PRESETS["digits"]
+    assert options.changed == {"epochs": 3, "csd": 0.0, "raw_head": True}
+    assert parsed(csd, "--preset digits --no-raw-head")[1] == csd.PRESETS["digits"]
 
 
-def test_every_pair_with_a_preset_finds_it():
-    for method in METHODS:
-        for name in (name for name in method.PRESETS if name.count("-") == 2):
-            dataset, teacher, student = name.split("-")
-            options, _ = parsed(method, "--dataset", dataset, "--teacher", teacher, "--student", student)
-            assert options.preset == name
+HUGE = "--teacher nowhere/t.pt --preset digits --{} 1" + 30 * "0"
+BAD_FLAGS = {
+    "must be above 0": "--epochs 0|--epochs -3|--batch-size 0|--temperature 0|--lr-student 0|--eval-every 0|"
+                       "--lr-student nan|--lr-student inf|--threads 0",
+    "must be at least 0": "--oh -1|--oh nan|--oh 1e999|--seed -1", "under 4294967296": "--seed 4294967296",
+    "invalid": "--epochs ten|--epochs 1.5|--oh 0x1|--precision fp16|--schedule up", "under 1": "--warmup 1",
+    "must be": "|".join([*map(HUGE.format, ("batch-size", "threads", "seed")), "--epochs 1" + 400 * "0"]),
+    "unknown model": "--teacher resnet99|--student wrn16|--student t.pt", "expected one argument": "--epochs",
+    "unknown data set imagewoof; choose from digits": "--dataset imagewoof", "unknown device": "--device tpu",
+    "no preset cifar99; choose from cifar10": "--preset cifar99", "no preset for data": "--dataset mnist28",
+    "one folder a class": "--dataset folder:nowhere --preset cifar10", "no device": "--device cuda:99",
+    "unrecognized": "--no-such-flag 1|--epoch 3", "tf32 is for CUDA": "--precision tf32 --device cpu",
+    "--resume needs --out": "--resume", "no teacher file": "--teacher nowhere/t.pt|--teacher ./",
+    "needs a --teacher file": "--dataset none|--dataset none --teacher torchvision:resnet18",
+    "cannot be a run folder": "--out " + 300 * "a"}
 
 
-def test_a_method_may_have_pairs_of_its_own_and_real_surrogates_take_the_real_preset(monkeypatch):
-    found = []
-
-    def stop(options, settings, *args, **more):
-        found.append((options, settings))
-        raise BadInput("far enough")
-    for method in (regulated_kd, surrogate_kd):
-        monkeypatch.setattr(method, "load_networks", stop)
-    monkeypatch.setattr(surrogate_kd, "real_pictures", lambda *args: (1, None, ""))
-    for method, argv, preset, teacher, temperature in (
-            (regulated_kd, "--dataset digits", "digits", "lenet5", 4), (surrogate_kd, "--dataset digits", "digits", "wrn16_2", 4),
-            (surrogate_kd, "--surrogate cifar100", "cifar10-real", "resnet34", 2),
-            (surrogate_kd, "--surrogate leaves", "cifar10", "resnet34", 20),
-            (surrogate_kd, "--surrogate folder:x", "cifar10-real", "resnet34", 2),
-            (surrogate_kd, "--surrogate cifar100 --preset cifar10", "cifar10", "resnet34", 20),
-            (surrogate_kd, "--dataset mnist --surrogate fashion_mnist", "mnist-real", "lenet5_bn", 4),
-            (surrogate_kd, "--surrogate svhn --temperature 7", "cifar10-real", "resnet34", 7)):
-        with pytest.raises(SystemExit):
-            method.main(argv.split())
-        options, settings = found[-1]
-        assert (options.preset, options.teacher, settings.temperature) == (preset, teacher, temperature)
+@pytest.mark.parametrize("words, flags", [(w, flags) for w, f in BAD_FLAGS.items() for flags in f.split("|")])
+def test_bad_flags_are_refused_in_a_sentence(words, flags, in_tmp, capsys):
+    assert words in refused(dafl, flags.split(), capsys)
 
 
-HUGE = "1" + 30 * "0"
-BAD_FLAGS = [
-    ("--teacher resnet99", "unknown model resnet99"), ("--student wrn16", "unknown model wrn16"), ("--student t.pt", "unknown model"),
-    ("--dataset imagewoof", "unknown data set"), ("--preset cifar99", "no preset cifar99; choose from cifar10"),
-    ("--dataset mnist28", "no preset for data set mnist28"), ("--dataset folder:nowhere --preset cifar10", "one folder a class"),
-    ("--epochs 0", "must be above 0"), ("--epochs -3", "must be above 0"), ("--epochs ten", "invalid whole number value"),
-    ("--epochs 1.5", "invalid whole number value"), ("--epochs", "expected one argument"), ("--batch-size 0", "must be above 0"),
-    ("--temperature 0", "must be above 0"), ("--oh -1", "must be at least 0"), ("--lr-student 0", "must be above 0"),
-    ("--lr-student nan", "must be above 0"), ("--lr-student inf", "must be above 0"), ("--oh 1e999", "must be at least 0"),
-    ("--oh -0x1", "invalid number value"), ("--seed -1", "must be at least 0"), ("--seed 4294967296", "under 4294967296"),
-    ("--eval-every 0", "must be above 0"), ("--threads 0", "must be above 0"), ("--epochs 1" + 400 * "0", "must be"),
-    (f"--batch-size {HUGE}", "must be"), (f"--threads {HUGE}", "must be"), ("--precision fp16", "invalid choice: fp16"),
-    ("--schedule steep", "invalid choice: steep"), ("--device tpu", "unknown device"), ("--device cuda:99", "no device"),
-    ("--device cpu --precision tf32", "for CUDA"), ("--no-such-flag 1", "unrecognized"), ("--epoch 3", "unrecognized"),
-    ("--resume", "--resume needs --out"), ("--teacher nowhere/t.pt", "no teacher file"), ("--teacher ./", "no teacher file"),
-    ("--dataset none", "needs a --teacher file"), ("--dataset none --teacher torchvision:resnet18", "needs a --teacher file"),
-    ("--warmup 1", "under 1"), (f"--preset digits --out {300 * 'a'}", "cannot be a run folder")]
-
-
-@pytest.mark.parametrize("flags, message", BAD_FLAGS)
-def test_bad_flags_are_refused_in_a_sentence(flags, message, in_tmp, capsys):
-    assert message in refused(dafl, flags.split(), capsys)
-
-
-def test_missing_cifar10_says_what_to_type(in_tmp, capsys, monkeypatch):
-    def missing(*args, **more):
-        raise RuntimeError("not found")
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", missing)
-    error = refused(dafl, [], capsys)
-    assert str(in_tmp / "data") in error and "--dataset digits" in error
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-def test_help_has_every_setting_its_comment_and_its_presets(method, capsys):
+@each(METHODS)
+def test_help_has_every_setting_with_its_comment_and_every_preset(method, capsys):
     with pytest.raises(SystemExit) as stop:
         method.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and all(name in text for name in method.PRESETS)
-    for line in __import__("inspect").getsource(method.Settings).splitlines():
-        if ": " in line and "=" in line and not line.lstrip().startswith(('"""', "#")):
-            name, comment = line.split(":")[0].strip(), line.partition("# ")[2]
-            assert "--" + name.replace("_", "-") in text and comment and " ".join(comment.split()) in text.replace("- ", "-"), line
+    text = "".join(capsys.readouterr().out.split())            # lines are broken at hyphens, too
+    fields = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(method.Settings), re.M)
+    assert stop.value.code == 0 and len(fields) > 15 and all(name in text for name in method.PRESETS)
+    assert {name for name, _ in fields} == {*method.Settings.__dataclass_fields__}
+    for name, comment in fields:
+        assert "--" + name.replace("_", "-") in text and comment.replace(" ", "") in text, name
 
 
-# ---------------------------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------------------------------------------ run folders
 def test_folders_are_numbered_and_never_used_twice(teacher_file, in_tmp, capsys, monkeypatch):
     args = tiny_args(dafl, teacher_file)
     for _ in range(2):
         dafl.main(args)
-    assert sorted(path.name for path in (in_tmp / "runs").iterdir()) == ["dafl-digits-001", "dafl-digits-002"]
-    (in_tmp / "file").write_text("mine")
-    (in_tmp / "pictures").mkdir()
-    (in_tmp / "pictures" / "samples.png").write_text("mine")
-    before = files_of(in_tmp)
-    for out, message in (("runs/dafl-digits-001", "holds a run already"), ("pictures", "holds a run already"),
-                         ("file", "is a file"), ("file/deeper", "is a file")):
-        assert message in refused(dafl, [*args, "--out", out], capsys) and files_of(in_tmp) == before
+    assert sorted(os.listdir("runs")) == ["dafl-digits-001", "dafl-digits-002"]
+    (in_tmp / "mine").mkdir()
+    (in_tmp / "mine" / "samples.png").write_text("mine")
+    before = files_of()
+    for out, words in (("runs/dafl-digits-001", "holds a run already"), ("mine", "holds a run already"),
+                       ("mine/samples.png", "is a file"), ("mine/samples.png/deeper", "is a file")):
+        assert words in refused(dafl, [*args, "--out", out], capsys) and files_of() == before
+    (in_tmp / "mine" / "samples.png").rename(in_tmp / "mine" / "notes.txt")
     with monkeypatch.context() as patch:
         patch.setattr(common.os, "access", lambda path, mode: False)
-        assert "is read-only" in refused(dafl, [*args, "--out", "new"], capsys)
-    (in_tmp / "notes").mkdir()
-    (in_tmp / "notes" / "mine.txt").write_text("mine")
-    dafl.main([*args, "--out", "notes"])
-    assert files_of(in_tmp)["notes/mine.txt"] == b"mine" and "notes/student.pt" in files_of(in_tmp)
+        assert "is read-only" in refused(dafl, [*args, "--out", "mine"], capsys)
+    dafl.main([*args, "--out", "mine"])
+    assert (in_tmp / "mine" / "notes.txt").read_text() == "mine" and rows_of("mine")[-1]["event"] == "end"
 
 
 @pytest.mark.parametrize("moment", ["teacher", "bank", "epoch 0", "epoch 1"])
 def test_ctrl_c_says_how_to_go_on(moment, teacher_file, in_tmp, capsys, monkeypatch):
-    save, saves = common.Checkpoint.save, []
+    save = common.Checkpoint.save
 
     def interrupted(self, *args):
-        if moment == ("teacher" if type(self) is common.Checkpoint else getattr(self, "event", f"epoch {args[0]}")):
+        stage = "teacher" if type(self) is common.Checkpoint else f"epoch {args[0]}"
+        if moment == getattr(self, "event", stage):
             signal.raise_signal(signal.SIGINT)
         save(self, *args)
     args = tiny_args(csd, "wrn10_1" if moment == "teacher" else teacher_file)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(common.Checkpoint, "save", interrupted)
         csd.main(args)
-    error = capsys.readouterr().err
-    assert stop.value.code == 130 and error.count("\n") == 1 and not saves
-    more = error.strip().partition("type the same command again")[2].split()
-    assert more == ([] if moment == "teacher" else ["with", "--resume", "--out", "runs/csd-digits-001"])
-    if more:
-        csd.main([*args, *more[1:]])
+    said, _, more = capsys.readouterr().err.partition("type the same command again")
+    assert stop.value.code == 130 and said == "stopped; to go on, "
+    assert more == ("\n" if moment == "teacher" else " with --resume --out runs/csd-digits-001\n")
+    if moment != "teacher":
+        csd.main([*args, *more.split()[1:]])
         assert rows_of("runs/csd-digits-001")[-1]["event"] == "end"
 
 
-@pytest.mark.parametrize("rate, epoch", [("1e30", 0), ("20", None)])
-def test_a_loss_that_is_not_finite_names_epoch_and_checkpoint_and_is_not_saved(rate, epoch, teacher_file, in_tmp, capsys, monkeypatch):
-    found = dafl.kd_loss
-    calls = []
-    if epoch is None:                                          # well in the first epoch, and infinite in the second one
-        monkeypatch.setattr(dafl, "kd_loss", lambda *args: calls.append(1) or found(*args) * (math.inf if len(calls) > 4 else 1))
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_loss_that_is_not_finite_names_its_epoch(epoch, teacher_file, in_tmp, capsys, monkeypatch):
+    """And that epoch's state is not saved."""
+    found, calls = dafl.kd_loss, []
+    monkeypatch.setattr(dafl, "kd_loss", lambda *args: calls.append(1) or found(*args) * (
+        math.inf if len(calls) > 1 + 3 * epoch else 1))        # three steps an epoch
     with pytest.raises(SystemExit) as stop:
-        dafl.main([*tiny_args(dafl, teacher_file), "--out", "out", "--lr-student", rate])
+        dafl.main([*tiny_args(dafl, teacher_file), "--out", "out"])
     error, checkpoint = capsys.readouterr().err, in_tmp / "out" / "checkpoint.pt"
-    assert stop.value.code == 1 and "loss_kd became" in error and error.count("\n") == 1
-    assert f"in epoch {epoch or 0 if epoch is not None else 1}" in error
-    assert checkpoint.exists() == ("out/checkpoint.pt" in error) == (epoch is None)
+    assert stop.value.code == 1 and re.search(f"loss_kd became (nan|inf) in epoch {epoch}", error)
+    assert error.count("\n") == 1 and ("out/checkpoint.pt" in error) == checkpoint.exists() == (epoch == 1)
     assert epoch == 0 or torch.load(checkpoint, weights_only=True)["epoch"] == 0
 
 
-def test_the_three_signs_of_a_collapse():
-    torch.manual_seed(0)
-    varied, alike = torch.rand(40, 1, 8, 8), torch.full((40, 1, 8, 8), 0.5) + 0.001 * torch.rand(40, 1, 8, 8)
-    even, one, few = torch.arange(40) % 10, torch.full((40,), 3), torch.tensor([0] * 35 + [1] * 5)
-    for pixels, labels, words in (
-            (varied, even, []), (alike, even, ["hardly differ"]), (varied, one, ["all its images are in class 3"]),
-            (varied, few, ["entropy of its classes is 0.16 of the largest"]), (alike, one, ["hardly differ", "in class 3"]),
-            (None, None, []), (varied, None, []), (varied[:4], even[:4], [])):
-        common.COSTS.clear()
-        common.COSTS.update(seconds_a=1.0, teacher_queries=5)
-        *warning, row = common.describe("epoch", "epoch", 7, {"loss": 1.0}, pixels, labels, 10)
-        assert len(warning) == bool(words) and all(word in warning[0]["text"] for word in words)
-        assert row["event"] == "epoch" and row["epoch"] == 7 and row["loss"] == 1 and row["seconds_a"] == 1
-        assert row["teacher_queries"] == 5 and common.COSTS["seconds_a"] == 0
-        assert labels is None or row["class_counts"] == torch.bincount(labels, minlength=10).tolist()
-    assert common.describe("epoch", "epoch", 0, {}, varied, even, 1000)[-1]["class_counts"] is None
+VARIED, EVEN = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10
+ALIKE, ONE, FEW = 0.5 + 0.001 * VARIED, 0 * EVEN + 3, (EVEN > 8).long()
 
 
-def test_a_collapse_is_named_on_the_screen_and_in_the_log_and_the_run_goes_on(teacher_file, in_tmp, monkeypatch, capsys):
+@pytest.mark.parametrize("pixels, labels, words", [
+    (VARIED, EVEN, []), (VARIED, None, []), (None, None, []), (VARIED[:4], EVEN[:4], []),
+    (ALIKE, EVEN, ["hardly differ"]), (VARIED, ONE, ["all its images are in class 3"]),
+    (VARIED, FEW, ["entropy of its classes is 0.14"]), (ALIKE, ONE, ["hardly differ", "in class 3"])])
+def test_the_three_signs_of_a_collapse(pixels, labels, words):
+    common.COSTS.clear()
+    common.COSTS.update(seconds_a=1.0, teacher_queries=5)
+    *warning, row = common.describe("epoch", "epoch", 7, {"loss": 1.0}, pixels, labels, 10)
+    assert len(warning) == bool(words) and all(word in warning[0]["text"] for word in words)
+    known = {"event": "epoch", "epoch": 7, "loss": 1.0, "seconds_a": 1.0, "teacher_queries": 5}
+    assert known.items() <= row.items() and common.COSTS == {"teacher_queries": 5}
+    assert labels is None or row["class_counts"] == torch.bincount(labels, minlength=10).tolist()
+
+
+def test_a_collapse_is_named_and_the_run_goes_on(teacher_file, in_tmp, monkeypatch, capsys):
     forward = dafl.Generator.forward
     monkeypatch.setattr(dafl.Generator, "forward", lambda self, z: 0.1 + 0 * forward(self, z))
     dafl.main([*tiny_args(dafl, teacher_file), "--out", "out"])
@@ -405,37 +304,10 @@ def test_a_collapse_is_named_on_the_screen_and_in_the_log_and_the_run_goes_on(te
     assert capsys.readouterr().out.count("its images hardly differ, all its images are in class") == 2
 
 
-@pytest.mark.parametrize("method, arch, words", [
-    (csd, "lenet5", ["the BN term is off"]), (csd, "my_nets:network", ["the feature term is off"]), (csd, "wrn10_1", []),
-    (cudfkd, "lenet5", ["the BN term is off"]), (cudfkd, "wrn10_1", [])])
-def test_a_term_that_is_off_is_noted(method, arch, words, in_tmp):
-    (in_tmp / "my_nets.py").write_text(OWN)
-    teacher = arch if ":" in arch else save_untrained("./toy.pt", arch, DIGITS)
-    method.main([*tiny_args(method, teacher), "--out", "out"])
-    notes = [row["text"] for row in rows_of("out") if row["event"] == "note" and "->" not in row["text"]]
-    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes))
-    epoch = next(row for row in rows_of("out") if row["event"] == "epoch")
-    assert (epoch["loss_bn"] == 0) == ("the BN term is off" in words)
-
-
 def test_the_picture_has_a_row_a_class_with_its_last_images(tmp_path):
     pixels = torch.arange(12).view(12, 1, 1, 1).expand(-1, 1, 20, 20) / 12
-    labels = torch.tensor([0] * 10 + [2] * 2)
-    common.save_samples(tmp_path / "s.png", pixels, labels, 3)
-    sheet = torch.tensor(list(Image.open(tmp_path / "s.png").convert("L").tobytes())).view(3 * 42 + 2, -1)[:, 24:]
-    seen = [[sheet[2 + 42 * row + 20, 2 + 42 * column + 20].item() for column in range(8)] for row in range(3)]
-    assert seen[0] == [int(255 * i / 12) for i in range(2, 10)] and seen[1] == [0] * 8
-    assert seen[2] == [int(255 * 10 / 12), int(255 * 11 / 12)] + [0] * 6
-    common.save_samples(tmp_path / "many.png", torch.rand(30, 3, 8, 8), torch.arange(30), 1000)
-    assert Image.open(tmp_path / "many.png").size[1] == 20 * 42 + 2 and len(list(tmp_path.iterdir())) == 2
-
-
-def test_rows_are_json_and_the_screen_shows_the_terms_that_are_on(teacher_file, in_tmp, capsys):
-    dafl.main([*tiny_args(dafl, teacher_file), "--out", "out"])
-    lines, rows = capsys.readouterr().out.splitlines(), rows_of("out")
-    heads = [line.split() for line in lines if line.split()[:1] == ["epoch"]]
-    assert heads == [["epoch", "oh", "ie", "act", "kd", "pixel_std", "student_acc", "agreement", "seconds"]]
-    first = lines[[line.split() for line in lines].index(heads[0]) + 1].split()
-    epoch = next(row for row in rows if row["event"] == "epoch")
-    assert first[:3] == ["0", f"{epoch['loss_oh']:.4f}", f"{epoch['loss_ie']:.4f}"] and first[-3] == f"{epoch['student_acc']:.4f}"
-    assert all(json.loads(line) for line in (in_tmp / "out" / "log.jsonl").read_text().splitlines()) and Killed
+    common.save_samples(tmp_path / "s.png", pixels, torch.tensor([0] * 10 + [2] * 2), 3)
+    sheet = Image.open(tmp_path / "s.png").convert("L")
+    seen = [[sheet.getpixel((46 + 42 * column, 22 + 42 * row)) for column in range(8)] for row in range(3)]
+    grey = [int(255 * i / 12) for i in range(12)]
+    assert seen == [grey[2:10], [0] * 8, grey[10:] + [0] * 6] and os.listdir(tmp_path) == ["s.png"]
