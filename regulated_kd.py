@@ -221,7 +221,8 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
     -> mean loss, the number of images that took part
     """
     device, means, before = rows.device, Means(), counts.sum()
-    least = 2 if batchnorms(model, data) else 1            # BatchNorm cannot normalise a single 1x1 map
+    # BatchNorm cannot normalise a single 1x1 map: the queue then keeps two images for the end of the pass
+    least, spare = (2, 2) if batchnorms(model, data) else (1, 0)
     queueing = settings.queue and threshold is not None
     order = one_pass(len(rows), settings.scan_batch_size if queueing else size, device)
     waiting, waiting_rows = torch.empty(0, *data.image_shape, device=device), rows[:0]   # the queue
@@ -238,7 +239,7 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
         means.add(loss=loss)
 
     model.train()
-    for step, batch in enumerate(steps(len(order), phase, order)):
+    for batch in steps(len(order), phase, order):
         batch = rows[batch]                                                  # (N,) places in the set
         visited = len(batch) if settings.reduction == "visited" else None
         images = normalize(augment(train.pixels[batch] / train.scale, data), data)       # (N, C, H, W)
@@ -255,11 +256,11 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
                 learn(images, batch, visited)
             continue
         waiting, waiting_rows = torch.cat([waiting, images]), torch.cat([waiting_rows, batch])
-        last = step == len(order) - 1
-        while len(waiting) >= size or (last and len(waiting) >= least):    # full batches; at the end the rest
-            now = len(waiting) if last and len(waiting) - size < least else size
-            learn(waiting[:now], waiting_rows[:now])
-            waiting, waiting_rows = waiting[now:], waiting_rows[now:]
+        while len(waiting) >= size + spare:
+            learn(waiting[:size], waiting_rows[:size])
+            waiting, waiting_rows = waiting[size:], waiting_rows[size:]
+    if len(waiting) >= least:
+        learn(waiting, waiting_rows)                                         # what is left when the pass ends
     return means.take().get("loss"), counts.sum() - before
 
 

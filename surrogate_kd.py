@@ -202,7 +202,8 @@ def augment_surrogates(pixels, settings):
                                     interpolation=InterpolationMode.BILINEAR)
         pixels = torch.cat([operations(part) for part in pixels.split(8)]).clamp(0, 1)   # a draw for 8 images
     if settings.elastic:      # by about a pixel
-        bend = v2.RandomApply([v2.ElasticTransform(50.0 * side / 32, 5.0 * side / 32)], 0.5)
+        bend = v2.ElasticTransform(50.0 * side / 32, 5.0 * side / 32, fill=fill.tolist())
+        bend = v2.RandomApply([bend], 0.5)
         pixels = torch.cat([bend(part) for part in pixels.split(8)])
     if settings.invert:
         pixels = torch.where(some(settings.invert)[:, None, None, None], 1 - pixels, pixels)

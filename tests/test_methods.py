@@ -259,7 +259,7 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def killed(moment):
-    """Inside, the process dies: 'before save N' of this session, 'after save N', or 'before the end'."""
+    """Inside, the process dies: 'before save N' or 'after save N' of this session, 'before student', 'before end'."""
     save, write, saves = common.Checkpoint.save, common.Run.write, []
 
     def save_or_die(self, *args):
@@ -271,12 +271,17 @@ def killed(moment):
             raise Killed
 
     def write_or_die(self, row):
-        if moment == "before the end" and row["event"] == "end":
+        if moment == f"before {row['event']}":
             raise Killed
         write(self, row)
+
+    def die(*args, **more):
+        raise Killed
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(common.Checkpoint, "save", save_or_die)
         patch.setattr(common.Run, "write", write_or_die)
+        if moment == "before student":
+            patch.setattr(common, "save_classifier", die)
         yield
 
 
@@ -316,7 +321,7 @@ GPU = pytest.param("after save 1", "--device cuda --deterministic --precision bf
 @each(METHODS)
 @pytest.mark.parametrize("moment, flags", [("before save 2", ""), ("after save 1", ""), GPU])
 def test_a_run_killed_again_and_again_ends_like_another(method, moment, flags, teacher_file, monkeypatch):
-    """Each session gets one epoch or one round of a stage further and dies; one more dies at the very end."""
+    """Each session gets one epoch or one round of a stage further and dies; two more die at the very end."""
     args = [*tiny_args(method, teacher_file, epochs=3), *flags.split(), "--out", "run", "--resume"]
     for folder in ("straight", "killed"):
         (teacher_file.parent / folder).mkdir()
@@ -324,7 +329,7 @@ def test_a_run_killed_again_and_again_ends_like_another(method, moment, flags, t
         if folder == "killed":
             saves = [row for row in rows_of("../straight/run") if "epoch" in row or "round" in row]
             sessions = sum(row["event"] != "collapse" for row in saves) - (moment == "before save 2")
-            for this in ["before save 1", *sessions * [moment], "before the end"]:
+            for this in ["before save 1", *sessions * [moment], "before student", "before end"]:
                 with killed(this):
                     method.main(args)
                 (Path("run") / ".checkpoint.pt.0.tmp").write_bytes(b"half")        # a write that was cut off
