@@ -193,22 +193,20 @@ def mixup(pixels, coefficients, order):
 def augment_surrogates(pixels, settings):
     """The training transform, in the code's order. Presets of real sets turn elastic and inversion off."""
     n, device, side = len(pixels), pixels.device, pixels.shape[-1]
-    fill = pixels.mean((0, 2, 3)) if settings.fill == "mean" else pixels.new_zeros(pixels.shape[1])
+    fill = pixels.mean((0, 2, 3), keepdim=True)[0] * (settings.fill == "mean")      # (C, 1, 1)
 
     def some(chance):
         return torch.rand(n, device=device) < chance
     if settings.randaugment:
-        operations = v2.RandAugment(settings.randaugment, settings.magnitude, fill=fill.tolist(),
+        operations = v2.RandAugment(settings.randaugment, settings.magnitude, fill=fill.flatten().tolist(),
                                     interpolation=InterpolationMode.BILINEAR)
         pixels = torch.cat([operations(part) for part in pixels.split(8)]).clamp(0, 1)   # a draw for 8 images
     if settings.elastic:      # by about a pixel
-        bend = v2.ElasticTransform(50.0 * side / 32, 5.0 * side / 32, fill=fill.tolist())
-        bend = v2.RandomApply([bend], 0.5)
-        pixels = torch.cat([bend(part) for part in pixels.split(8)])
+        bend = v2.RandomApply([v2.ElasticTransform(50.0 * side / 32, 5.0 * side / 32)], 0.5)
+        pixels = torch.cat([bend(part) for part in (pixels - fill).split(8)]) + fill
     if settings.invert:
         pixels = torch.where(some(settings.invert)[:, None, None, None], 1 - pixels, pixels)
     top, left = torch.randint(0, 2 * settings.pad + 1, (2, n), device=device)
-    fill = fill[:, None, None]
     flip = some(0.5) if settings.mirror else None
     pixels = crop_by_offsets(pixels - fill, settings.pad, top, left, flip) + fill
     if settings.mixup:
