@@ -808,7 +808,9 @@ def read_classifier(path):
         data = DataSpec(**content["data"])
         channels, height, width = data.image_shape
         sane = (content["format"] == CLASSIFIER_FORMAT and isinstance(content["dataset"], str)
-                and content["weights"] and 2 <= data.num_classes <= 100_000 and 1 <= channels <= 16
+                and content["weights"] and type(data.num_classes) is type(data.crop) is int
+                and all(map(math.isfinite, (*data.mean, *data.std)))
+                and 2 <= data.num_classes <= 100_000 and 1 <= channels <= 16
                 and 1 <= height <= 1024 and 1 <= width <= 1024 and 0 <= data.crop <= height
                 and len(data.mean) == len(data.std) == channels and min(data.std) > 0)
         if ":" not in content["arch"]:
@@ -900,18 +902,21 @@ PAIRS = {"digits": ("wrn16_2", "wrn16_1"), "svhn": ("wrn40_2", "wrn16_1"),
          **dict.fromkeys(("mnist", "mnist28", "fashion_mnist", "fashion_mnist28"), ("lenet5", "lenet5_half"))}
 
 
+RUN_FILES = "log.jsonl", "checkpoint.pt", "student.pt", "samples.png", "images.pt"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message + "; --help lists the flags")
 
 
-def number_type(kind, above_0, below=math.inf):
-    """An argparse type: a finite int or float, above 0 or at least 0, and under `below`."""
+def number_type(kind, above_0, below=10 ** 9):
+    """An argparse type: an int or float, above 0 or at least 0, and under `below`."""
     def convert(text):
         value = kind(text)
-        if not math.isfinite(value) or value < 0 or (above_0 and value == 0) or value >= below:
+        if not 0 <= value < below or (above_0 and value == 0):               # NaN is refused, too
             least = "above" if above_0 else "at least"
-            raise argparse.ArgumentTypeError(f"must be {least} 0 and under {below}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {least} 0 and under {below}, not {text[:40]}")
         return value
     convert.__name__ = "whole number" if kind is int else "number"       # argparse: invalid number value: 'x'
     return convert
@@ -923,7 +928,7 @@ def shared_flags(parser):
     add("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
     add("--precision", choices=["fp32", "tf32", "bf16"], help="of forward passes [tf32 on CUDA, else fp32]")
     add("--deterministic", action="store_true", help="bit-equal runs on CUDA too, slower")
-    add("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
+    add("--threads", type=number_type(int, True, 1025), help="CPU threads [as PyTorch chooses]")
 
 
 def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda flags: "", **own):
@@ -964,7 +969,7 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
         how = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
                dict(choices=get_args(field.type)) if get_origin(field.type) is Literal else
                dict(type=str) if field.type is str else
-               dict(type=number_type(field.type, above_0, 2 ** 32 if name == "seed" else math.inf)))
+               dict(type=number_type(field.type, above_0, 2 ** 32 if name == "seed" else 10 ** 9)))
         text = f"{text} [{shown}]".replace("%", "%%")
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
@@ -983,6 +988,8 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
         raise BadInput("--dataset none needs a --teacher file, which knows shape and normalisation")
     name = file.get("dataset", name) if name == "none" else name
     pair = {**PAIRS, **(pairs or {})}.get(name, ("resnet34", "resnet18"))
+    if of_preset[-1] == "wrn":
+        pair = "wrn40_2", "wrn16_1"
     pair = of_preset[1:] if len(of_preset) == 3 else pair
     options.teacher, options.student = options.teacher or pair[0], options.student or pair[1]
     for network in [options.student] if file else [options.teacher, options.student]:
@@ -1033,8 +1040,11 @@ def _check_folder(options):
     out = options.out
     if options.resume and not out:
         raise BadInput("--resume needs --out FOLDER, the folder of the run to go on with")
-    files = ("log.jsonl", "checkpoint.pt", "student.pt", "samples.png", "images.pt")
-    if out and not options.resume and any(Path(out, name).exists() for name in files):
+    try:
+        holds = out and any(Path(out, name).exists() for name in RUN_FILES)
+    except OSError as error:
+        raise BadInput(f"--out cannot be a run folder: {error.strerror}") from None
+    if holds and not options.resume:
         raise BadInput(f"{out} holds a run already; name another folder, or go on with it by --resume")
     if out and Path(out, "log.jsonl").is_file() and '"event": "end"' in Path(out, "log.jsonl").read_text():
         raise BadInput(f"the run in {out} is finished; its result is the last line of its log.jsonl")
@@ -1214,8 +1224,9 @@ class Run(Checkpoint):
         print(textwrap.fill(shown, 110, initial_indent=f"{options.method}: ", subsequent_indent="    "))
         print(f"teacher {options.teacher}: test accuracy {_shown(self.teacher_acc)}; student "
               f"{options.student}; {self.first['device']}; {self.folder}", flush=True)
-        for leftover in self.folder.glob(".*.tmp"):              # of a session that was killed while it wrote
-            leftover.unlink()
+        for name in RUN_FILES:                                   # of a session that was killed while it wrote
+            for leftover in self.folder.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         if not self.waiting:
             (self.folder / "log.jsonl").unlink(missing_ok=True)    # of one that was killed before it saved
             self.write(self.first)
@@ -1398,7 +1409,8 @@ def command_line(main):
             raise SystemExit(2) from None
         except FloatingPointError as error:
             last = Checkpoint.latest
-            where = f" in epoch {last.next}; its last checkpoint: {last.path}" if last else ""
+            where = f" in epoch {last.next}" if last else ""
+            where += f"; its last checkpoint: {last.path}" if last and last.path.exists() else ""
             print(f"stopped: {error}{where}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:

@@ -389,7 +389,8 @@ def distill(teacher, student, data, settings, run=None):
             with frozen(teacher, generator):
                 z = torch.randn(settings.round_steps * n, settings.latent_dim, device=device)
                 with timed("synthesis"):
-                    images, answers = images_and_answers(generator, teacher, z, data, settings.images_per_pass)
+                    images, answers = images_and_answers(generator, teacher, z, data,
+                                                         settings.images_per_pass)
                 for step in steps(settings.round_steps, "distillation"):
                     batch = slice(step * n, (step + 1) * n)
                     done = epoch * settings.student_steps + round_ * settings.round_steps + step

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (BadInput, DataSpec, ImageSet, number_type, Parser, accuracy, augment, batches, build_model,
-                    build_optimizer, command_line, cosine, device_name, load_dataset, normalize, predict,
-                    read_file, recipe_of, seeded, set_lr, set_up_device, steps, versions)
+from common import (BadInput, DataSpec, ImageSet, Parser, accuracy, augment, batches, build_model,
+                    build_optimizer, command_line, cosine, device_name, load_dataset, normalize, number_type,
+                    predict, read_file, recipe_of, seeded, set_lr, set_up_device, steps, versions)
 
 
 def train_stranger(arch, train, data, recipe, seed):

@@ -399,7 +399,7 @@ def generation_rates(options):
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=[*METHODS, "surrogate_kd"], required=True)
-    parser.add_argument("--laps", type=number_type(int, True), default=4, help="timed steps of each variant [4]")
+    parser.add_argument("--laps", type=number_type(int, True), default=4, help="timed steps a variant [4]")
     parser.add_argument("--device", help="cpu, cuda or cuda:N [cuda if there is one]")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], help="[tf32 on CUDA, else fp32]")
     parser.add_argument("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")

@@ -1,4 +1,4 @@
-"""Slow: the digits commands, each in its own process, learn what the pages say, in bounded time and memory."""
+"""Slow: the digits commands, each in its own process, learn what the pages say, in time and memory."""
 import resource
 import subprocess
 import sys

@@ -12,7 +12,7 @@ from PIL import Image
 
 import common
 from common import BadInput
-from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, regulated_kd, tiny_args
+from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, tiny_args
 from helpers import equal, refused, rows_of, save_untrained
 from test_methods import each, files_of, killed
 

@@ -26,7 +26,8 @@ def test_old_logs_are_grouped_as_the_old_code_grouped_them(runs):
         [run[0]["arguments"]["seed"] for run in same], table.of_end(same)] for group, same in found.items())
 
 
-@pytest.mark.parametrize("page, name, flags", [(table.PAGE, "results", []), (table.FRONT, "front", ["--front"])])
+@pytest.mark.parametrize("page, name, flags", [(table.PAGE, "results", []),
+                                               (table.FRONT, "front", ["--front"])])
 def test_the_pages_hold_word_for_word_what_the_script_prints(capsys, page, name, flags):
     table.main(flags)
     printed = capsys.readouterr().out
