@@ -14,8 +14,8 @@ head. The least-loss batch of each fit joins a bank that only grows. Student and
                                              ├──► student ──► KL + CE + MSE ──► student, regressor
                                              └──► 4 rotations ──► student ══► features ──► head ─► CE ──► head
 
-Run     python csd.py --dataset digits      seeds 0-4, last epoch: student 95.67 ± 0.42 %, teacher 98.89 %
-                (benchmarks/results/csd-digits.jsonl)
+Run     python csd.py --dataset digits      (benchmarks/results/csd-digits.jsonl)
+                seeds 0-4, last epoch: student 95.67 ± 0.42 %, teacher 98.89 %
         python csd.py --teacher resnet34 --student resnet18     CIFAR-10, the authors' numbers: not run
 Copy    kd_loss, feature_loss, one_hot_loss, bn_loss, csd_loss, adversarial_loss, auxiliary_loss,
         rotations, rotation_labels, Generator, AuxiliaryHead, Regressor, synthesize, synthesize_bank,

@@ -16,8 +16,8 @@ every step.
      z ══► G, fixed ══► images ─┬══► teacher ══► logits ──┐
                                 └──► student ──► ℓ of each image ──► mean v(ℓ; λ) ℓ ──► student only: 10 steps
                                                                                          (══► no gradient)
-Run     python cudfkd.py --dataset digits      seeds 0-4, last epoch: student 96.61 ± 0.91 %, teacher 98.89 %
-                (benchmarks/results/cudfkd-digits.jsonl)
+Run     python cudfkd.py --dataset digits      (benchmarks/results/cudfkd-digits.jsonl)
+                seeds 0-4, last epoch: student 96.61 ± 0.91 %, teacher 98.89 %
         python cudfkd.py --teacher resnet34 --student resnet18      CIFAR-10, the authors' settings: not run
 Copy    kd_losses, l1_losses, curriculum_weights, curriculum_regularizer, curriculum_loss, one_hot_loss,
         information_entropy_loss, bn_loss, adversarial_loss, adversarial_weight, Generator,

@@ -13,8 +13,8 @@ generator never looks at the student, and nothing asks for images that differ (r
                          │             └══► logits ──┐
                          └══► student ──► KL ◄───────┘ ──► gradient: student only        (══► no gradient)
 
-Run     python dafl.py --dataset digits      seeds 0-4, last epoch: student 93.94 ± 0.63 %, teacher 98.89 %
-                (benchmarks/results/dafl-digits.jsonl)
+Run     python dafl.py --dataset digits      (benchmarks/results/dafl-digits.jsonl)
+                seeds 0-4, last epoch: student 93.94 ± 0.63 %, teacher 98.89 %
         python dafl.py --teacher resnet34 --student resnet18    CIFAR-10, the authors' numbers: not run
 Copy    kd_loss, one_hot_loss, information_entropy_loss, activation_loss, Generator, distill
 Letters T teacher, S student, G generator · N batch, K classes, C H W image, D features f, L latent z.

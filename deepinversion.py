@@ -17,8 +17,8 @@ turns.
      x ──► pool ──► crop, flip ──► images ─┬══► teacher ══► logits ──┐
                                            └──► student ──► KL ◄─────┘ ──► student only      (══► no gradient)
 
-Run     python deepinversion.py --dataset digits      seeds 0-4, last epoch: student 97.06 ± 1.17 %, teacher 98.89 %
-                (benchmarks/results/deepinversion-digits.jsonl)
+Run     python deepinversion.py --dataset digits      (benchmarks/results/deepinversion-digits.jsonl)
+                seeds 0-4, last epoch: student 97.06 ± 1.17 %, teacher 98.89 %
         python deepinversion.py --teacher resnet34 --student resnet18     CIFAR-10, not run
 Copy    kd_loss, one_hot_loss, bn_loss, tv_loss, tv_l1_loss, neighbour_differences, l2_loss,
         competition_loss, warm_cosine, synthesize, synthesize_pool, distill

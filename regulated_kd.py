@@ -15,8 +15,8 @@ that does both. The method needs all real images and labels, and takes steps on 
      teacher's counts / its epochs = significance w of an image ══► weight of that image in the student's loss
      images ══► teacher ══► logits ══► KL ◄── student
 
-Run     python regulated_kd.py --dataset digits      seeds 0-4, last epoch: student 94.78 ± 1.51 %, teacher 98.33 %
-                (benchmarks/results/regulated_kd-digits.jsonl)
+Run     python regulated_kd.py --dataset digits      (benchmarks/results/regulated_kd-digits.jsonl)
+                seeds 0-4, last epoch: student 94.78 ± 1.51 %, teacher 98.33 %
         python regulated_kd.py --dataset mnist --mode hybrid      LeNet-5 to LeNet-5-half
 Copy    confidence, participates, confidence_threshold, significance_weights, kd_losses, cckd_losses,
         reduced_loss, regulated_pass, rate, train_teacher, distill

@@ -13,8 +13,8 @@ push pictures across a boundary and keep one from either side.
                 ══► just across, just before, and both a step deeper: half of each batch (--boundary-attack)
      images ══► teacher ══► answers ══► KL ◄── student ◄── the identical images           (══► no gradient)
 
-Run     python surrogate_kd.py --dataset digits      seeds 0-4, last epoch: student 95.44 ± 0.72 %, teacher 98.89 %
-                (benchmarks/results/surrogate_kd-digits.jsonl)
+Run     python surrogate_kd.py --dataset digits      (benchmarks/results/surrogate_kd-digits.jsonl)
+                seeds 0-4, last epoch: student 95.44 ± 0.72 %, teacher 98.89 %
         python surrogate_kd.py --dataset mnist       dead leaves, LeNet-5 with BN to its half
 Copy    kd_loss, one_hot_loss, standardized, relative_entropy, feature_spread, mixup, augment_surrogates,
         cross_entropy_step, boundary_pairs, deeper, attacked_images, balanced_pool, inspect_surrogate,

