@@ -1133,7 +1133,7 @@ class Checkpoint:
         Checkpoint.latest, self.next = self, epoch + 1
 
     def seconds(self):
-        """Since the loop began, without the pauses between its sessions."""
+        """Since the loop began, without the pauses in which it did not run."""
         return self.before + time.monotonic() - self.began
 
 
@@ -1224,7 +1224,7 @@ class Run(Checkpoint):
         print(textwrap.fill(shown, 110, initial_indent=f"{options.method}: ", subsequent_indent="    "))
         print(f"teacher {options.teacher}: test accuracy {_shown(self.teacher_acc)}; student "
               f"{options.student}; {self.first['device']}; {self.folder}", flush=True)
-        for name in RUN_FILES:                                   # of a session that was killed while it wrote
+        for name in RUN_FILES:                                   # of a process that was killed while it wrote
             for leftover in self.folder.glob(f".{name}.*.tmp"):
                 leftover.unlink()
         if not self.waiting:
@@ -1273,7 +1273,7 @@ class Run(Checkpoint):
             self.note(f"{event} -> {path}")
             kept = dict(made_with=made_with, result=make(stage), rows=stage.rows)
             kept["queries"] = COSTS["teacher_queries"]
-            self.before += stage.before                            # the seconds of an earlier, killed session
+            self.before += stage.before                            # the seconds before it was killed
             if not path.exists():                                  # else another process was faster
                 write(kept, path)
         stage.path.unlink(missing_ok=True)

@@ -259,7 +259,7 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def killed(moment):
-    """Inside, the process dies: before or after save N of a session, before student.pt or the end row."""
+    """Inside, the process dies: before or after save N of a run, before student.pt or the end row."""
     save, write, saves = common.Checkpoint.save, common.Run.write, []
 
     def save_or_die(self, *args):
