@@ -335,7 +335,7 @@ def distill(teacher, student, data, settings, run=None, pool=None):
     pool = pool or synthesize_pool(teacher, data, settings)
     first_images, first_targets = (part.to(device) for part in pool)
     torch.manual_seed(settings.seed ^ 2 ** 31)                # the same, whether the pool was made now or not
-    # the epochs that make a batch
+    # so many epochs make a batch, the others only train
     adaptive = min(settings.epochs, max(0, settings.pool_batches - settings.initial_batches))
     pool_images = torch.cat([first_images, first_images.new_zeros(adaptive * n, *data.image_shape)])
     pool_targets = torch.cat([first_targets, first_targets.new_zeros(adaptive * n)])

@@ -352,7 +352,7 @@ def balanced_pool(teacher, data, settings, draw, available=None, run=None):
             with torch.no_grad(), frozen(teacher):
                 predicted = teacher(normalize(fresh / 255, data)).argmax(1)  # (n,)
             one_hot = F.one_hot(predicted, classes)                          # (n, K)
-            # so many of its class came before
+            # rank of each picture within its class: how many of that class came before it
             rank = seen[predicted] + (one_hot.cumsum(0) * one_hot).sum(1) - 1
             place = at + torch.arange(len(fresh), device=device)
             if settings.balance:
@@ -530,9 +530,7 @@ def main(argv=None):
 
 # --------------------------------- appendix: pictures from nothing, each (n, 3, s, s) in [0, 1], on `device`
 def noise_images(n, size, device="cpu", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
-    """Gaussian noise with each channel's mean and deviation of the teacher's data, clamped [notes]: the lower
-    bound.
-    """
+    """Gaussian noise with the mean and deviation of the teacher's data, clamped [notes].   -> (n, C, s, s)"""
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))     # (C, 1, 1)
     return (mean + std * torch.randn(n, len(mean), size, size, device=device)).clamp(0, 1)
 
@@ -553,7 +551,7 @@ def spectrum_images(n, size, device="cpu"):
     waves = torch.fft.rfft2(normal(n, 3, size, size))                            # (n, 3, s, s/2 + 1), complex
     image = torch.fft.irfft2(waves / waves.abs().clamp(min=1e-12) * magnitude, s=(size, size))
     image = image / image.std((2, 3), keepdim=True)            # the mean is 0: no wave is constant
-    # turned axes, with gains
+    # a random orthogonal mix of the channels, each with a gain [inferred]
     colours = torch.linalg.qr(normal(n, 3, 3)).Q * torch.rand(n, 1, 3, device=device)
     image = torch.einsum("nij,njhw->nihw", colours, image)                                # (n, 3, s, s)
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
