@@ -18,6 +18,7 @@ Train a teacher by itself:   python common.py --model resnet34 --dataset cifar10
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -158,6 +159,8 @@ def _read_folder(name, train, device):
             resize = [v2.Resize(int(size)), v2.CenterCrop(int(size))]
         try:
             found = torchvision.datasets.ImageFolder(root, v2.Compose([*resize, v2.PILToTensor()]))
+            if len(found.classes) < 2:
+                raise BadInput(f"{root} holds one class folder; at least two are needed")
             return torch.stack([image for image, _ in found]), torch.tensor(found.targets), found.classes
         except FileNotFoundError as error:
             raise BadInput(f"{root} holds no class folders with images ({error})") from None
@@ -843,7 +846,8 @@ def load_networks(options, settings, data, needs=lambda teacher: None):
     """
     with seeded(settings.seed):
         student = place(build_model(options.student, data.num_classes, data.image_shape), options)
-    check_answers(student, f"student {options.student}", data, options.device)
+    for training in (False, True):
+        check_answers(student, f"student {options.student}", data, training)
     wanted, dataset, file, path = options.teacher, options.dataset, {}, Path(options.teacher)
     if is_file_name(wanted):
         file = read_classifier(path)
@@ -871,20 +875,27 @@ def load_networks(options, settings, data, needs=lambda teacher: None):
                                "name the data set that the teacher was trained on with --dataset")
     else:
         teacher = foreign_model(wanted, data.num_classes, pretrained=True)
-    check_answers(place(teacher, options), f"teacher {wanted}", data, options.device)
+    check_answers(place(teacher, options), f"teacher {wanted}", data)
     needs(teacher)
     options.teacher_name = path.stem if file else re.sub(r"\W+", "_", wanted)     # for what is made from it
     options.teacher_arch, options.teacher_seconds = file.get("arch", wanted), file.get("seconds")
     return teacher.eval(), student
 
 
-def check_answers(model, name, data, device):
-    """Raises BadInput unless the network turns images of this shape into finite logits (N, K)."""
+def check_answers(model, name, data, training=False):
+    """Raises BadInput unless the network turns images of this shape into finite logits (N, K).
+
+    `training`: in train mode, where some have answers of auxiliary classifiers beside the logits.
+    """
     try:
-        with torch.no_grad(), frozen(model), scoring():
-            logits = model(torch.zeros(2, *data.image_shape, device=device))
+        images = torch.zeros(2, *data.image_shape, device=next(model.parameters()).device)
+        with torch.no_grad(), frozen(model), scoring(), seeded(0):
+            logits = copy.deepcopy(model).train()(images) if training else model(images)
         fits = logits.shape == (2, data.num_classes) and bool(logits.isfinite().all())
     except Exception as error:
+        if training:
+            raise BadInput(f"{name} cannot be trained on images of shape {data.image_shape}: in train mode "
+                           "it fails, or gives more than logits; remove auxiliary classifiers") from None
         raise BadInput(f"{name} does not take images of shape {data.image_shape} ({_short(error)})") from None
     if not fits:
         raise BadInput(f"{name} does not answer images of shape {data.image_shape} with finite logits "
@@ -1422,17 +1433,61 @@ def command_line(main):
     return wrapped
 
 
+def inspect_network(name):
+    """What a network has that a method may ask for, found by running it on blank images.   -> lines of text
+
+    `name`: as --teacher takes it. Raises BadInput for a network that cannot be built or answers no image.
+    """
+    classes, sides = 10, (8, 28, 32, 64, 224, 299)
+    shapes = [(channels, side, side) for channels in (1, 3) for side in sides]
+    if is_file_name(name):
+        file = read_classifier(name)
+        name, data = file["arch"], DataSpec(**file["data"])
+        classes, shapes = data.num_classes, [tuple(data.image_shape)]
+    usual = shapes[0] if len(shapes) == 1 else (1 if name.startswith("lenet5") else 3, 32, 32)
+    model, taken = build_model(name, classes, usual), []
+    for shape in shapes:
+        with contextlib.suppress(Exception), torch.no_grad(), frozen(model):
+            answer = model(torch.zeros(2, *shape))                           # which may raise anything
+            if answer.dim() == len(answer) == 2:
+                taken, classes = [*taken, shape], answer.shape[1]
+    if not taken:
+        raise BadInput(f"{name} answers no blank images of {', '.join(map(str, shapes))} with logits (N, K)")
+    data = DataSpec(taken[-1], classes, (0.5,) * taken[-1][0], (0.5,) * taken[-1][0])
+    names = {layer: name for name, layer in model.named_modules()}
+    seen = probe(model, [layer for layer in names if not list(layer.children())], data)   # as they ran
+    vectors = [layer for layer, x in seen.items() if isinstance(layer, nn.Linear) and x.dim() == 2]
+    maps = [layer for layer, x in seen.items()
+            if x.dim() == 4 and x.shape[2] > 1 and tuple(x.shape[1:]) != data.image_shape]
+    last_map = getattr(model, "last_map", None) or [None, *maps][-1]
+
+    def input_of(layer):
+        return f"input of {names[layer]}, (N, {', '.join(map(str, seen[layer].shape[1:]))})"
+    counts = len(batchnorms(model, data)), sum(isinstance(layer, nn.BatchNorm2d) for layer in names)
+    return [f"{name}: {sum(weight.numel() for weight in model.parameters()):,} weights, {classes} classes",
+            f"images             {', '.join('x'.join(map(str, shape)) for shape in taken)}, of those tried",
+            f"BatchNorm          {counts[0]} layers that run, of {counts[1]}",
+            f"feature vectors    {input_of(vectors[-1]) if vectors else 'none'}",
+            f"last feature map   {input_of(last_map) if last_map else 'none'}"
+            + ("" if hasattr(model, "last_map") else ": a guess, from what ran last")]
+
+
 @command_line
 def main(argv=None):
     parser = Parser(prog="common.py", allow_abbrev=False,
                      description="Train a teacher on the real data and keep it in one file.")
-    parser.add_argument("--model", required=True, help="model name")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model name")
+    what.add_argument("--inspect", help="a network, as --teacher takes it: say what it has, and stop")
     parser.add_argument("--dataset", default="cifar10", help=f"{dataset_names()} [cifar10]")
     parser.add_argument("--epochs", type=number_type(int, True), help="passes over the set [by data set]")
     parser.add_argument("--batch-size", type=number_type(int, True), help="[by data set]")
     parser.add_argument("--out", help="file [checkpoints/DATASET_MODEL.pt, where the methods look for it]")
     shared_flags(parser)
     options = parser.parse_args(argv)
+    if options.inspect:
+        print("\n".join(inspect_network(options.inspect)))
+        return
     set_up_device(options)
     check_model_name(options.model)
     if options.dataset not in DATASETS and not options.dataset.startswith("folder:"):

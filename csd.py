@@ -247,8 +247,10 @@ class Regressor(nn.Module):
             nn.Conv2d(wide, teacher_channels, 1, bias=False))
 
     def forward(self, student_map):
-        if student_map.shape[2] != self.height:
-            student_map = F.adaptive_avg_pool2d(student_map, self.height)    # (N, C_s, h', w')
+        if student_map.shape[2] != self.height:       # F.adaptive_avg_pool2d; its gradient varies on a GPU
+            ones = (torch.eye(side, device=student_map.device)[None] for side in student_map.shape[2:])
+            rows, columns = (F.adaptive_avg_pool1d(one, self.height)[0] for one in ones)  # (h, h'), (w, h')
+            student_map = rows.T @ student_map @ columns                     # (N, C_s, h', h')
         return self.layers(student_map)
 
 

@@ -183,7 +183,8 @@ def feature_layer(teacher, data):
     convolutions = [place for place, layer in enumerate(seen) if isinstance(layer, nn.Conv2d)]
     found = [layer for layer in list(seen)[max(convolutions, default=-1) + 1:] if seen[layer].dim() == 2]
     if not found:
-        raise BadInput(f"DAFL needs an nn.Linear on vectors (N, D); {type(teacher).__name__} has none")
+        raise BadInput(f"dafl needs an nn.Linear on vectors (N, D); {type(teacher).__name__} has none; "
+                       "rdskd.py needs none")
     return found[0 if convolutions else -1]
 
 

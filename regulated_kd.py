@@ -67,9 +67,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Run, augment, batchnorms, build_model, command_line, cosine,
-                    dataset_spec, frozen, load_dataset, load_networks, normalize, one_pass, parse, place_like,
-                    seeded, set_lr, steps, with_own_seed)
+from common import (BadInput, Means, Run, augment, batchnorms, build_model, check_answers, command_line,
+                    cosine, dataset_spec, frozen, load_dataset, load_networks, normalize, one_pass, parse,
+                    place_like, seeded, set_lr, steps, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -382,11 +382,12 @@ def main(argv=None):
         raise BadInput(f"--mode {settings.mode} needs the teacher's counts; leave out --plain-teacher")
     if options.dataset in ("none", "imagenet"):
         raise BadInput(f"regulated_kd needs real images and labels; --dataset {options.dataset} has none")
-    data = dataset_spec(options)
-    teacher, student = load_networks(options, settings, data)
+    data, self_regulated = dataset_spec(options), mode.taught and not settings.plain_teacher
+    teacher, student = load_networks(options, settings, data, needs=lambda teacher: check_answers(
+        teacher, f"teacher {options.teacher}", data, training=self_regulated))
     train, _ = load_dataset(options.dataset, True, options.data_dir, options.device)
     run, counts = Run(options, settings, teacher, student, data), None
-    if mode.taught and not settings.plain_teacher:
+    if self_regulated:
         def make(stage):
             with seeded(0):
                 fresh = build_model(options.teacher_arch, data.num_classes, data.image_shape)

@@ -432,10 +432,10 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
             if run and not across:
                 run.note(f"epoch {epoch}: no image crossed a boundary; batches are clean for now")
         # -------- (2) Student: min  T² KL(teacher || student), both on the identical images
-        number = math.ceil(share * size) if across else 0                    # attacked images of a batch
+        number = math.ceil(share * size) if share and across else 0          # attacked images of a batch
         clean_rows = full_batches(m, size - number, device)
-        attacked_rows = full_batches(int(across), number, device)
-        means, answers = Means(), torch.zeros(data.num_classes, device=device)
+        attacked_rows = full_batches(int(across), number, device) if number else None
+        means, answers = Means(), torch.zeros(data.num_classes, dtype=torch.long, device=device)
         student.train()
         with frozen(teacher):
             for _ in steps(math.ceil(m / size), "distillation"):
@@ -460,7 +460,7 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
                 loss_kd.backward()
                 optimizer.step()
                 predicted, p = teacher_logits.argmax(1), teacher_logits.softmax(1)
-                answers += torch.bincount(predicted, minlength=data.num_classes)
+                answers.index_add_(0, predicted, torch.ones_like(predicted))   # bincount waits for a GPU
                 agreed = (student_logits.argmax(1) == predicted).float()
                 means.add(loss_kd=loss_kd, surrogate_agreement=agreed.mean(),
                           teacher_entropy=-torch.xlogy(p, p).sum(1).mean())

@@ -256,6 +256,13 @@ MEASUREMENTS = {
         {"its test accuracy": ("test_acc", 2, 100), "sees the target in %": ("target_acc", 1, 100)})}
 
 
+def any_teacher_table(measurements):
+    """Which network teaches in which method: "works", or the sentence of refusal."""
+    for row in measurements:
+        if row["variant"] == "any teacher":
+            yield {"teacher": row["network"], "image side": row["size"], **row["methods"]}
+
+
 def front_table(groups):
     """One row a method: its digits preset as it is, from runs of the present code if there are any."""
     found = {}
@@ -276,7 +283,8 @@ def all_tables(runs, measurements):
               "CuDFKD: curriculum and ramp": curriculum_table(groups),
               "regulated_kd: real images, fewer steps": regulation_table(groups),
               "surrogate_kd: pictures that are not the teacher's": surrogate_table(groups),
-              **{title: measured(measurements, *columns) for title, columns in MEASUREMENTS.items()}}
+              **{title: measured(measurements, *columns) for title, columns in MEASUREMENTS.items()},
+              "Any teacher": any_teacher_table(measurements)}
     return "".join(f"\n### {title}\n\n{table(rows)}" for title, rows in tables.items())
 
 

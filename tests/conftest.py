@@ -1,5 +1,6 @@
 """Shared by all tests: the repository's root on the path, an empty folder, tiny networks and settings."""
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ import surrogate_kd  # noqa: E402
 
 METHODS = [csd, cudfkd, dafl, deepinversion, rdskd, regulated_kd, surrogate_kd]
 DATA_FREE = [csd, cudfkd, dafl, deepinversion, rdskd]
-THREADS = min(2, torch.get_num_threads())        # OMP_NUM_THREADS=1 asks for one
+# OMP_NUM_THREADS=1 asks for one; two workers of pytest-xdist with two threads each would slow one another
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
 # settings with which a run takes a second or two; a new method needs one entry here and one in METHODS
 TINY = {
     csd: dict(epochs=2, batch_size=8, student_steps=3, synthesis_batch_size=10, synthesis_steps=2,
@@ -32,8 +34,8 @@ TINY = {
                         synthesis_batch_size=10, synthesis_steps=2),
     cudfkd: dict(epochs=2, batch_size=8, student_steps=4, round_steps=2, synthesis_batch_size=6,
                  images_per_pass=5, latent_dim=6, generator_width=4),
-    regulated_kd: dict(epochs=2, teacher_epochs=2, batch_size=480, teacher_batch_size=480,
-                       scan_batch_size=480),
+    regulated_kd: dict(epochs=2, teacher_epochs=2, batch_size=160, teacher_batch_size=160,
+                       scan_batch_size=160),
     surrogate_kd: dict(epochs=2, batch_size=8, pool_images=40, pool_budget=1, attacks=2, attack_iterations=4),
 }
 
@@ -50,11 +52,16 @@ def tiny_networks(teacher="wrn10_1", student="wrn10_1"):
         return *(common.build_model(name, 10, data.image_shape) for name in (teacher, student)), data
 
 
+def few_images(*args):
+    """As `load_dataset`, a third of the digits."""
+    images, data = common.load_dataset(*args)
+    return images._replace(pixels=images.pixels[:480], labels=images.labels[:480]), data
+
+
 def real_images(method, teacher, data, settings):
     """What `distill` takes by name beside the five arguments that all methods share."""
     if method is regulated_kd:
-        train, _ = common.load_dataset("digits", True)
-        return dict(train=train, counts=(torch.arange(len(train.labels)) % 3).float())
+        return dict(train=few_images("digits", True)[0], counts=(torch.arange(480) % 3).float())
     if method is surrogate_kd:
         with common.seeded(3):
             pixels = torch.randint(256, (40, *data.image_shape), dtype=torch.uint8)
@@ -74,8 +81,9 @@ def tiny_args(method, teacher_file, **changes):
 
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
-    """An empty current folder; checkpoints/ and runs/ go there."""
+    """An empty current folder; checkpoints/ and runs/ go there. regulated_kd trains on few images."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(regulated_kd, "load_dataset", few_images)
     return tmp_path
 
 

@@ -1,6 +1,8 @@
 """Shared by the tests: numbers that are near, weights, a run that keeps everything, networks, refusals."""
 import functools
+import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,12 @@ def odd_teacher(folder):
 
 def rows_of(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def run_script(name, argv, folder):
+    """A script in a process of its own, which is in `folder`."""
+    os.chdir(folder)
+    importlib.import_module(name).main(argv)
 
 
 def refused(method, argv, capsys):

@@ -160,6 +160,12 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     assert_close(student, other), assert_close(log.state["head"], head)
 
 
+@pytest.mark.parametrize("sides, height", [((8, 8), 4), ((7, 7), 4), ((4, 6), 7), ((3, 3), 1)])
+def test_the_regressor_pools_as_pytorch_does(sides, height):
+    regressor, maps = csd.Regressor(3, 5, height).eval(), torch.randn(2, 3, *sides)
+    near6(regressor(maps), regressor.layers(F.adaptive_avg_pool2d(maps, height)))
+
+
 def test_the_last_map_is_named_found_or_unknown():
     (wide, _, data), foreign = tiny_networks(), Foreign()
     assert csd.last_map(wide, "", data) == (wide.bn, (64, 2, 2))

@@ -24,9 +24,9 @@ README, BENCHMARKS = ((ROOT / name).read_text() for name in ("README.md", "bench
 BUDGETS = dict(common=1000, dafl=240, rdskd=280, deepinversion=350, cudfkd=360, regulated_kd=340, csd=390,
                surrogate_kd=600)
 # Where a budget collides with a check, a golden number or a feature, these stay, and the number stands here.
-ALLOWED = dict(common=1449, dafl=269, rdskd=326, deepinversion=416, cudfkd=436, regulated_kd=410, csd=463,
-               surrogate_kd=818)
-ALLOWED_IN_TESTS = 3306            # of 2,300
+ALLOWED = dict(common=1504, dafl=270, rdskd=326, deepinversion=416, cudfkd=436, regulated_kd=411,
+               csd=465, surrogate_kd=816)
+ALLOWED_IN_TESTS = 3470            # of 2,300, and up to 1,000 more for the tests of trust
 
 
 def tree_of(name):
@@ -168,7 +168,8 @@ def test_every_command_of_the_pages_parses(command, in_tmp, monkeypatch, capsys)
     monkeypatch.setattr(common, "read_classifier", lambda path: {"dataset": "cifar10", "arch": "resnet34"})
     monkeypatch.setattr(module, "dataset_spec", lambda options: common.DATASETS.get(options.dataset))
     monkeypatch.setattr(module, "real_pictures", lambda *args: (1, None, ""), raising=False)
-    monkeypatch.setattr(module, "train_teacher" if module is common else "load_networks", stop)
+    for name in ("train_teacher", "inspect_network") if module is common else ("load_networks",):
+        monkeypatch.setattr(module, name, stop)
     with pytest.raises(SystemExit):
         module.main(argv)
     assert capsys.readouterr().err == "error: parsed\n"

@@ -1,12 +1,11 @@
 """What holds for every method: who learns, what is left behind, what a run keeps, what a kill changes."""
 import contextlib
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 import torch.nn as nn
 import torchvision
 from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import common
-from conftest import (METHODS, ROOT, THREADS, TINY, csd, deepinversion, rdskd, real_images, regulated_kd,
+from conftest import (METHODS, THREADS, TINY, csd, deepinversion, rdskd, real_images, regulated_kd,
                       surrogate_kd, tiny_args, tiny_networks, tiny_settings)
-from helpers import equal, refused, rows_of, save_untrained, sure, weights_of
+from helpers import equal, refused, rows_of, run_script, save_untrained, sure, weights_of
 
 
 def each(methods):
@@ -133,6 +133,56 @@ def test_networks_that_are_not_of_common(method):
     weights = trained(method, teacher, student)
     assert equal(before, weights_of(teacher))
     assert not any(torch.equal(untrained[name], value) for name, value in weights.items())
+
+
+class EpochOver(Exception):
+    pass
+
+
+@each(METHODS)
+def test_no_step_uses_another_device_or_waits_for_a_number(method, monkeypatch):
+    """Tensors without content, on a device that does not exist: one from the CPU raises, and so does .item().
+
+    Excepted are choices whose shapes depend on data: the images that regulated_kd and surrogate_kd's
+    attack pick, the shifts of deepinversion's pictures, the draws of torchvision's augmentation.
+    """
+    special = {regulated_kd: dict(mode="kd"), surrogate_kd: dict(randaugment=0, elastic=False)}
+    settings = tiny_settings(method, epochs=1, **special.get(method, {}))
+    images, steps = real_images(method, *tiny_networks()[::2], settings), []
+
+    def to(network, device, **more):                           # torch's own cannot move such tensors
+        for module in network.modules():
+            module._parameters.update({name: nn.Parameter(value.detach().to(device), value.requires_grad)
+                                       for name, value in module.named_parameters(recurse=False)})
+            module._buffers.update({name: value.to(device) for name, value in module._buffers.items()})
+        return network
+
+    def take(self):
+        steps.append(self.counts)
+        if self.counts.keys() & {"loss", "loss_kd"}:           # the student's
+            raise EpochOver
+        return {}
+    monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(common.Means, "take", take)
+    monkeypatch.setattr(deepinversion, "random_int", lambda below: below // 2)
+    common._on_device.cache_clear()
+    with FakeTensorMode() as mode, torch.autograd.set_multithreading_enabled(False):
+        teacher, student, data = tiny_networks()
+
+        def moved(value):
+            return mode.from_tensor(value).to("lazy:0") if torch.is_tensor(value) else value
+        images = {name: type(value)(*map(moved, value)) if isinstance(value, tuple) else moved(value)
+                  for name, value in images.items()}
+        with pytest.raises(EpochOver):
+            method.distill(teacher.to("lazy:0"), student.to("lazy:0"), data, settings, **images)
+        for wrong in (lambda: torch.ones(2, device="lazy:0") + torch.ones(2),
+                      lambda: torch.ones(2, device="lazy:0").sum().item()):
+            with pytest.raises((RuntimeError, DataDependentOutputException)):
+                wrong()
+    common._on_device.cache_clear()
+    losses = {name for counts in steps for name in counts}
+    assert min(count for counts in steps for count in counts.values()) > 1 and losses & {"loss", "loss_kd"}
+    assert method in (regulated_kd, surrogate_kd) or "loss_oh" in losses
 
 
 # The other value of a setting is twice as large, one more, another choice, or what stands here.
@@ -442,29 +492,38 @@ def test_a_stages_file_is_told_apart_by_every_setting_that_shaped_it(method):
     assert len(read) > 3 and read - unused <= set(getattr(method, names))
 
 
-@pytest.mark.slow
 @each(METHODS)
-def test_sigkill_at_random_moments(method, teacher_file, in_tmp):
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow),
+                                   pytest.param(20, marks=pytest.mark.kill)])
+def test_sigkill_at_random_moments(method, kills, teacher_file, in_tmp):
     """Real processes and signals: whatever the moment, the run that is continued ends like another."""
-    args = tiny_args(method, teacher_file, epochs=12)
-    command = [sys.executable, str(ROOT / f"{method.__name__}.py"), *args, "--out", "run", "--resume"]
+    context, draw = multiprocessing.get_context("forkserver"), random.Random(method.__name__)
+    context.set_forkserver_preload(["torch", "torchvision", "sklearn.datasets"])      # imported once
+    args = [*tiny_args(method, teacher_file, epochs=4 * kills), "--out", "run", "--resume"]
 
-    def begun(folder):
+    def written():
+        with contextlib.suppress(FileNotFoundError):
+            return Path("killed/run/log.jsonl").stat().st_size
+
+    def started(folder):
         Path(folder).mkdir(exist_ok=True)
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-        while not process.stdout.readline().startswith("teacher ") and process.poll() is None:
-            pass
-        return process, time.monotonic()
-    process, since = begun("straight")
-    process.communicate()
-    whole, kills, wait = time.monotonic() - since, 0, random.Random(method.__name__).uniform
-    for _ in range(4):
-        process, _ = begun("killed")
-        time.sleep(wait(0, 0.3) * whole)
+        process = context.Process(target=run_script, args=(method.__name__, args, folder))
+        process.start()
+        return process
+    process, began = started("straight"), time.monotonic()
+    process.join()
+    an_epoch = (time.monotonic() - began) / (4 * kills)
+    for _ in range(kills):                     # each time after 0 to 3 rows and up to two epochs' time
+        process = started("killed")
+        for _ in range(draw.randint(0, 3)):
+            before = written()
+            while process.is_alive() and written() == before:
+                time.sleep(0.001)
+        time.sleep(draw.uniform(0, 2 * an_epoch))
         process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    if kills == 4 and '"event": "end"' not in Path("killed/run/log.jsonl").read_text():
-        subprocess.run(command, cwd="killed", check=True, capture_output=True)
-    assert kills >= 3
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    process = started("killed")
+    process.join()
+    assert process.exitcode == 0
     assert_same_results("straight", "killed")

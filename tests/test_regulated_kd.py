@@ -230,7 +230,7 @@ def test_what_is_refused(teacher_file, capsys):
         ["--teacher", "alexnet", "--student", "alexnet_half"],
         ("alexnet", "alexnet_half", "cifar10-alexnet-alexnet_half"))], ids=["digits", "alexnet"])
 def test_networks_and_preset_of_a_data_set_and_of_a_pair(argv, expected, monkeypatch):
-    def stop(options, *_):
+    def stop(options, *_, **more):
         raise KeyError(options.teacher, options.student, options.preset)
     monkeypatch.setattr(rk, "load_networks", stop)
     with pytest.raises(KeyError) as stopped:

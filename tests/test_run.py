@@ -1,5 +1,7 @@
 """common.py, rooms 6 and 7: whole files, teachers, flags, run folders, one clear sentence for bad input."""
+import dataclasses
 import inspect
+import itertools
 import math
 import os
 import re
@@ -12,7 +14,7 @@ from PIL import Image
 
 import common
 from common import BadInput
-from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, tiny_args
+from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, regulated_kd, tiny_args
 from helpers import equal, refused, rows_of, save_untrained
 from test_methods import each, files_of, killed
 
@@ -120,7 +122,11 @@ def test_networks_of_the_users_own_module(in_tmp, capsys):
         "from torch.nn import Conv2d, Flatten, Linear, Sequential\n"
         "network = lambda: Sequential(Conv2d(1, 8, 3), Flatten(), Linear(288, 10))\n"
         "seven = lambda: Sequential(Flatten(), Linear(64, 7))\n"
-        "large = lambda: Sequential(Flatten(), Linear(999, 10))\n")
+        "large = lambda: Sequential(Flatten(), Linear(999, 10))\n"
+        "class Auxiliary(Sequential):\n"
+        "    def forward(self, x):\n"
+        "        return (super().forward(x), x) if self.training else super().forward(x)\n"
+        "auxiliary = lambda: Auxiliary(Conv2d(1, 8, 3), Flatten(), Linear(288, 10))\n")
     dafl.main([*tiny_args(dafl, "my_nets:network"), "--student", "my_nets:network", "--out", "out"])
     assert common.read_classifier("out/student.pt")["arch"] == "my_nets:network"
     dafl.main([*tiny_args(dafl, "out/student.pt"), "--out", "next"])
@@ -128,6 +134,27 @@ def test_networks_of_the_users_own_module(in_tmp, capsys):
                         ("my_nets:none", "could not be built"), ("no_nets:x", "could not be built")):
         for flag in ("--teacher", "--student"):
             assert words in refused(dafl, [*tiny_args(dafl, "my_nets:network"), flag, name], capsys)
+    dafl.main([*tiny_args(dafl, "my_nets:auxiliary"), "--student", "my_nets:network", "--out", "third"])
+    for method, teacher, student in ((dafl, "network", "auxiliary"), (regulated_kd, "auxiliary", "network")):
+        flags = [*tiny_args(method, f"my_nets:{teacher}"), "--student", f"my_nets:{student}"]
+        assert "cannot be trained" in refused(method, flags, capsys)
+
+
+def test_inspect_says_what_a_network_has(teacher_file, in_tmp, capsys):
+    (in_tmp / "looked_at.py").write_text(
+        "from torch.nn import BatchNorm2d, Conv2d, Flatten, Linear, Sequential\n"
+        "network = lambda: Sequential(Conv2d(3, 8, 3), BatchNorm2d(8), Conv2d(8, 4, 3), Flatten(),"
+        " Linear(64, 7))")
+    for name, words in (
+            ("looked_at:network", "7 classes|images  3x8x8|1 layers that run, of 1|4, (N, 64)|3, (N, 4, "),
+            (str(teacher_file), "10 classes|1x8x8|of bn, (N, 64, 2, 2)"),
+            ("torchvision:swin_t", "10 classes|0 layers|of head, (N, 768)|of avgpool, (N, 768, ")):
+        common.main(["--inspect", name])
+        said = re.sub(" {3,}", "  ", capsys.readouterr().out)
+        assert all(word in said for word in words.split("|")), said
+    for flags, words in (("--inspect torchvision:nothing", "could not be built"), ("", "is required"),
+                         ("--inspect nowhere.pt", "no teacher file"), ("--inspect os:getpid", "not a torch")):
+        assert words in refused(common, flags.split(), capsys)
 
 
 def test_a_teacher_for_another_set_or_with_other_weights_is_refused(in_tmp, capsys):
@@ -192,23 +219,75 @@ def test_flags_beat_the_preset_and_are_named_as_changed():
 HUGE = "--teacher nowhere/t.pt --preset digits --{} 1" + 30 * "0"
 BAD_FLAGS = {
     "must be above 0": "--epochs 0|--epochs -3|--batch-size 0|--temperature 0|--lr-student 0|--eval-every 0|"
-                       "--lr-student nan|--lr-student inf|--threads 0",
-    "must be at least 0": "--oh -1|--oh nan|--oh 1e999|--seed -1", "under 4294967296": "--seed 4294967296",
-    "invalid": "--epochs ten|--epochs 1.5|--oh 0x1|--precision fp16|--schedule up", "under 1": "--warmup 1",
+                       "--lr-student nan|--lr-student inf|--threads 0|--threads -1",
+    "must be at least 0": "--seed -1", "under 4294967296": "--seed 4294967296",
+    "invalid": "--epochs ten|--epochs 1.5|--lr-student 0x1|--precision fp16|--threads two",
     "must be": "|".join([*map(HUGE.format, ("batch-size", "threads", "seed")), "--epochs 1" + 400 * "0"]),
-    "unknown model": "--teacher resnet99|--student wrn16|--student t.pt", "expected one argument": "--epochs",
+    "unknown model": "--teacher resnet99|--student wrn16|--student t.pt|--student wrn17_1",
+    "expected one argument": "--epochs|--out|--dataset",
     "unknown data set imagewoof; choose from digits": "--dataset imagewoof", "unknown device": "--device tpu",
-    "no preset cifar99; choose from cifar10": "--preset cifar99", "no preset for data": "--dataset mnist28",
-    "one folder a class": "--dataset folder:nowhere --preset cifar10", "no device": "--device cuda:99",
-    "unrecognized": "--no-such-flag 1|--epoch 3", "tf32 is for CUDA": "--precision tf32 --device cpu",
+    "no preset cifar99; choose from ": "--preset cifar99", "no preset for data": "--dataset mnist28",
+    "one folder a class": "--dataset folder:nowhere --preset {preset}|--dataset folder: --preset {preset}",
+    "the size after @": "--dataset folder:x@0 --preset {preset}|--dataset folder:x@9999 --preset {preset}",
+    "no device": "--device cuda:99", "tf32 is for CUDA": "--precision tf32 --device cpu",
+    "unrecognized": "--no-such-flag 1|--epoch 3",
     "--resume needs --out": "--resume", "no teacher file": "--teacher nowhere/t.pt|--teacher ./",
     "needs a --teacher file": "--dataset none|--dataset none --teacher torchvision:resnet18",
+    "could not be built": "--preset digits --student torchvision:net99|--preset digits --student nowhere:net",
     "cannot be a run folder": "--out " + 300 * "a"}
 
 
+@each(METHODS)
 @pytest.mark.parametrize("words, flags", [(w, flags) for w, f in BAD_FLAGS.items() for flags in f.split("|")])
-def test_bad_flags_are_refused_in_a_sentence(words, flags, in_tmp, capsys):
-    assert words in refused(dafl, flags.split(), capsys)
+def test_bad_flags_are_refused_in_a_sentence(method, words, flags, in_tmp, capsys):
+    assert words in refused(method, flags.format(preset=next(iter(method.PRESETS))).split(), capsys)
+
+
+@each(METHODS)
+def test_a_bad_value_of_any_setting_is_refused_and_named(method, in_tmp, capsys):
+    """Of a wrong type, below the range, not a number, too large to be meant, not among the choices."""
+    wrong = {int: ["x", "1.5", "-1", "nan", "1" + 30 * "0"], float: ["x", "-1", "nan", "inf", "1" + 30 * "0"]}
+    fields = dataclasses.fields(method.Settings)
+    for flag, values in (("--" + field.name.replace("_", "-"), wrong.get(field.type, ["nothing"]))
+                         for field in fields if field.type not in (bool, str)):
+        for value in values:
+            assert flag in refused(method, [flag, value], capsys), value
+
+
+def pictures(folder, classes, parts=("train", "test"), modes=("RGB",), sizes=(8,)):
+    """Class folders of pictures."""
+    for part, label, (number, mode) in itertools.product(parts, classes, enumerate(modes)):
+        path = folder / part / label
+        path.mkdir(parents=True, exist_ok=True)
+        side = sizes[number % len(sizes)]
+        Image.new(mode, (side, side), number).save(path / f"{number}.png")
+
+
+@each(METHODS)
+def test_folders_of_images_that_cannot_be_a_data_set(method, in_tmp, capsys, monkeypatch):
+    monkeypatch.setattr(common, "augment", None)               # what a training would call
+    pictures(in_tmp / "one", "a")
+    pictures(in_tmp / "half", "ab", parts=["train"])
+    pictures(in_tmp / "mixed", "ab", modes=("RGB", "L"), sizes=(8, 9))
+    pictures(in_tmp / "other", "ab", parts=["train"])
+    pictures(in_tmp / "other", "bc", parts=["test"])
+    pictures(in_tmp / "broken", "ab")
+    (in_tmp / "broken" / "train" / "a" / "1.png").write_bytes(b"no image")
+    pictures(in_tmp / "hollow", "ab")
+    (in_tmp / "hollow" / "train" / "c").mkdir()
+    (in_tmp / "empty" / "train").mkdir(parents=True)
+    (in_tmp / "file").write_text("no folder")
+    for name, words in (("one", "at least two"), ("half", "one folder a class"), ("mixed", "differ in size"),
+                        ("other", "different class folders"), ("broken", "no whole image"),
+                        ("file", "folder"), ("hollow", "no class folders"), ("empty", "no class"),
+                        ("no", "folder")):
+        argv = f"--dataset folder:{name} --preset digits --teacher wrn10_1 --student wrn10_1".split()
+        assert words in refused(method, argv, capsys), name
+
+
+def test_grey_pictures_and_some_with_alpha_are_a_data_set(in_tmp):
+    pictures(in_tmp / "set", "ab", modes=("RGB", "L", "RGBA", "P"))
+    assert common.load_dataset("folder:set", True)[0].pixels.shape == (8, 3, 8, 8)
 
 
 @each(METHODS)
