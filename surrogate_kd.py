@@ -46,7 +46,7 @@ Where paper, authors' code and this file differ
  6. The released script builds its optimizer from the name alone, and steps a schedule of epochs at every
     batch. Here it is what the config asks for: SGD 0.1, momentum 0.9 (Nesterov [inferred]), decay 1e-4, a
     cosine to 1e-6.
- 7. RandAugment and elastic are torchvision's, with one draw for each 8 images. Padding 4, not 12, at
+ 7. RandAugment and elastic are torchvision's, with one draw for each 16 images. Padding 4, not 12, at
     32x32 [inferred]. What comes in from outside a moved picture has the batch's mean colour, not the
     set's.
  8. Shaders stand in for 1,089 programs whose archive is offline: small random networks of the coordinates
@@ -201,10 +201,10 @@ def augment_surrogates(pixels, settings):
     if settings.randaugment:
         operations = v2.RandAugment(settings.randaugment, settings.magnitude, fill=fill.flatten().tolist(),
                                     interpolation=InterpolationMode.BILINEAR)
-        pixels = torch.cat([operations(part) for part in pixels.split(8)]).clamp(0, 1)   # a draw for 8 images
+        pixels = torch.cat([operations(part) for part in pixels.split(16)]).clamp(0, 1)  # one draw for 16
     if settings.elastic:      # by about a pixel
         bend = v2.RandomApply([v2.ElasticTransform(50.0 * side / 32, 5.0 * side / 32)], 0.5)
-        pixels = torch.cat([bend(part) for part in (pixels - fill).split(8)]) + fill
+        pixels = torch.cat([bend(part) for part in (pixels - fill).split(16)]) + fill
     if settings.invert:
         pixels = torch.where(some(settings.invert)[:, None, None, None], 1 - pixels, pixels)
     top, left = torch.randint(0, 2 * settings.pad + 1, (2, n), device=device)
