@@ -709,6 +709,8 @@ def write(content, path, save=torch.save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:               # torch.save has a RuntimeError for a full disk
+        raise OSError(f"{path} could not be written ({_short(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1223,6 +1225,7 @@ class Run(Checkpoint):
         options = self.options
         hidden = "method", "changed", "resume", "teacher_name", "teacher_arch", "teacher_seconds"
         self.folder = _make_folder(options)
+        _lock(self.folder)
         self.path = self.folder / "checkpoint.pt"
         arguments = {key: value for key, value in vars(options).items() if key not in hidden}
         arguments.update(dataclasses.asdict(self.settings), device=str(options.device))
@@ -1304,6 +1307,10 @@ class Run(Checkpoint):
         text = "".join(json.dumps(row) + "\n" for row in self.rows)     # the log as it was at the checkpoint
         write(text, self.folder / "log.jsonl", save=lambda text, file: file.write(text.encode()))
         self.write({**self.first, "event": "resume"})
+        for what in ("versions", "device"):
+            if self.rows[0][what] != self.first[what]:
+                self.note(f"resumed with {what} {self.first[what]}, begun with {self.rows[0][what]}: the end "
+                          "may differ by rounding")
         return start
 
     def log(self, epoch, means, pixels=None, labels=None):
@@ -1408,17 +1415,37 @@ def save_samples(path, pixels, labels, num_classes, each=8, most=20):
     write(picture, path, save=lambda picture, file: picture.save(file, format="PNG"))
 
 
+_locks = contextlib.ExitStack()      # of run folders; they go with the process, however it ends
+
+
+def _lock(folder):
+    """Raises BadInput if another process writes to the folder."""
+    try:
+        import fcntl
+    except ImportError:        # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    _locks.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another process writes to {folder}; wait, or name another --out") from None
+    except OSError:            # a file system without locks
+        pass
+
+
 def command_line(main):
     """Decorates `main(argv=None)`. Bad input: one sentence, status 2. Ctrl-C: how to go on, status 130."""
     @functools.wraps(main)
     def wrapped(argv=None):
         Checkpoint.latest = None
         try:
-            return main(argv)
+            with _locks:
+                return main(argv)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        except FloatingPointError as error:
+        except (FloatingPointError, OSError) as error:
             last = Checkpoint.latest
             where = f" in epoch {last.next}" if last else ""
             where += f"; its last checkpoint: {last.path}" if last and last.path.exists() else ""

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -406,6 +407,42 @@ def test_resume_refuses_other_settings_by_name_and_finished_runs(method, teacher
         assert " teacher = " in refused(method, [*args, "--resume"], capsys)
     method.main([*args, "--resume"])
     assert rows_of("out")[-1]["event"] == "end"
+
+
+@each(METHODS)
+def test_a_full_disk_is_named_and_nothing_is_lost(method, teacher_file, in_tmp, capsys, monkeypatch):
+    """A write fails in its middle, at each save in turn; the run is continued and ends like another."""
+    args = [*tiny_args(method, teacher_file), "--out", "run", "--resume"]
+    save, saves = common.Checkpoint.save, []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_to_a_full_disk(self, *args):
+        saves.append(1)
+        if len(saves) % 2:                                     # every second save works
+            return save(self, *args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        try:
+            save(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for folder in ("straight", "full"):
+        (in_tmp / folder).mkdir()
+        monkeypatch.chdir(in_tmp / folder)
+        if folder == "full":
+            monkeypatch.setattr(common.Checkpoint, "save", save_to_a_full_disk)
+            for _ in range(9):
+                capsys.readouterr()
+                try:
+                    method.main(args)
+                    break
+                except SystemExit as stop:
+                    error = capsys.readouterr().err
+                    assert stop.code == 1 and error.startswith("stopped: ") and error.count("\n") == 1
+                    assert "could not be written" in error and not list(Path().rglob("*.tmp"))
+        else:
+            method.main(args)
+    assert len(saves) > 2
+    assert_same_results("../straight", ".")
 
 
 @contextlib.contextmanager

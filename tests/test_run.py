@@ -3,9 +3,12 @@ import dataclasses
 import inspect
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import signal
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +18,7 @@ from PIL import Image
 import common
 from common import BadInput
 from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, regulated_kd, tiny_args
-from helpers import equal, refused, rows_of, save_untrained
+from helpers import equal, refused, rows_of, run_script, save_untrained
 from test_methods import each, files_of, killed
 
 DIGITS = common.DATASETS["digits"]
@@ -49,6 +52,38 @@ def test_damaged_hostile_and_foreign_files_are_refused_and_kept(teacher_file, in
             assert path.name in refused(csd, args, capsys) and files_of() == before
         path.write_bytes(whole)
     csd.main(args)
+
+
+def test_two_processes_in_one_folder_and_two_that_train_the_same_teacher(in_tmp, capsys):
+    """The second is refused while the first one writes; a teacher that both train is kept once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "sklearn.datasets"])
+    args = [*tiny_args(dafl, "lenet5", epochs=40), "--eval-every", "40"]
+    one, two = (context.Process(target=run_script, args=("dafl", [*args, "--out", out], ".")) for out in "12")
+    one.start()
+    two.start()
+    while not Path("1/checkpoint.pt").exists():
+        time.sleep(0.01)
+    with pytest.raises(SystemExit) as stop:
+        dafl.main([*args, "--out", "1", "--resume"])
+    assert stop.value.code == 2 and "error: another process writes to 1;" in capsys.readouterr().err
+    for process in (one, two):
+        process.join()
+        assert process.exitcode == 0
+    assert equal(*(common.read_classifier(f"{folder}/student.pt")["weights"] for folder in "12"))
+    assert rows_of("1")[0]["teacher_sha256"] == rows_of("2")[0]["teacher_sha256"]
+    assert os.listdir("checkpoints") == ["digits_lenet5.pt"]
+
+
+def test_a_run_that_goes_on_with_another_version_or_device_says_so(teacher_file, in_tmp, monkeypatch):
+    args = [*tiny_args(dafl, teacher_file), "--out", "out", "--resume"]
+    with killed("after save 1"):
+        dafl.main(args)
+    monkeypatch.setattr(common, "versions", lambda: {"torch": "0.4.1"})
+    monkeypatch.setattr(common, "device_name", lambda device: "abacus")
+    dafl.main(args)
+    notes = [row["text"] for row in rows_of("out") if row["event"] == "note"]
+    assert "resumed with versions {'torch': '0.4.1'}" in notes[0] and "device abacus" in notes[1]
 
 
 @pytest.mark.parametrize("change", [
