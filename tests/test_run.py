@@ -19,7 +19,7 @@ import common
 from common import BadInput
 from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, regulated_kd, tiny_args
 from helpers import equal, refused, rows_of, run_script, save_untrained
-from test_methods import each, files_of, killed
+from test_methods import STAGES, each, files_of, killed
 
 DIGITS = common.DATASETS["digits"]
 
@@ -40,18 +40,22 @@ class Anything:
     """A pickle of this would run code where torch.load lets it."""
 
 
-def test_damaged_hostile_and_foreign_files_are_refused_and_kept(teacher_file, in_tmp, capsys):
-    args = [*tiny_args(csd, teacher_file), "--out", "out", "--resume"]
-    with killed("after save 3"):                               # two rounds of the bank, an epoch
-        csd.main(args)
-    for path in (teacher_file, in_tmp / "checkpoints/toy.bank-seed0.pt", in_tmp / "out/checkpoint.pt"):
+@each([dafl, cudfkd, *STAGES])
+def test_damaged_hostile_and_foreign_files_are_refused_and_kept(method, teacher_file, in_tmp, capsys):
+    """The teacher, what is made once (bank, generator, pool), the checkpoint; then the run goes on."""
+    args = [*tiny_args(method, teacher_file), "--out", "out", "--resume"]
+    while not Path("out/checkpoint.pt").exists():              # after the first epoch
+        with killed("after save 1"):
+            method.main(args)
+    for path in [path for path in in_tmp.rglob("*.pt")]:
         whole = path.read_bytes()
         for damage in (whole[:len(whole) // 2], b"", b"no file\n", Anything(), torch.ones(3), {"state": 1}):
             path.write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, path)
             before = files_of()
-            assert path.name in refused(csd, args, capsys) and files_of() == before
+            assert path.name in refused(method, args, capsys) and files_of() == before
         path.write_bytes(whole)
-    csd.main(args)
+    method.main(args)
+    assert rows_of("out")[-1]["event"] == "end"
 
 
 def test_two_processes_in_one_folder_and_two_that_train_the_same_teacher(in_tmp, capsys):
