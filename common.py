@@ -82,6 +82,9 @@ DATASETS = {
     "cifar100": DataSpec((3, 32, 32), 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 4, flip=True),
     "imagenet": DataSpec((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 28, flip=True),
 }
+# settings are chosen on these: trained on all but the last 5,000 training images, scored on those 5,000
+VALIDATION = 5000
+DATASETS.update({f"{name}-val": DATASETS[name] for name in ("mnist", "fashion_mnist", "cifar10", "cifar100")})
 NO_DOWNLOAD = "for a run that needs no download, type: --dataset digits"
 
 
@@ -94,7 +97,8 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
 
     `digits`: 1,797 real 8x8 digits inside scikit-learn, split 1,437 / 360 by a fixed permutation.
     `folder:PATH@SIZE`: PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, shorter side resized to SIZE,
-    centre cropped. The others come from `data_dir` or, if they are not there, from the internet. Raises
+    centre cropped. `cifar10-val` and its like: the last 5,000 training images are the test set, and the
+    others the training set. The others come from `data_dir` or, if they are not there, from the internet. Raises
     BadInput if the set is unknown, or can neither be found nor downloaded.
     """
     if name.startswith("folder:"):
@@ -104,6 +108,10 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
     if name == "imagenet":
         raise BadInput("ImageNet's images are not read here; its name is for synthesis alone")
     data = DATASETS[name]
+    if name.endswith("-val"):
+        images, _ = load_dataset(name.removesuffix("-val"), True, data_dir, device)
+        part = slice(None, -VALIDATION) if train else slice(-VALIDATION, None)
+        return images._replace(pixels=images.pixels[part], labels=images.labels[part]), data
     if name == "digits":
         import numpy
         from sklearn.datasets import load_digits
@@ -753,9 +761,9 @@ def teacher_path(dataset, arch):
 
 def recipe_of(arch, dataset, epochs=None, batch_size=None):
     """How `arch` is trained on `dataset`: a dict that is kept in the teacher's file and compared on reuse."""
-    if dataset.partition(":")[0] not in RECIPES:
+    if dataset.partition(":")[0].removesuffix("-val") not in RECIPES:
         raise BadInput(f"no teacher is trained on {dataset} here; name a file or torchvision:resnet50")
-    usual_epochs, usual_batch = RECIPES[dataset.partition(":")[0]]
+    usual_epochs, usual_batch = RECIPES[dataset.partition(":")[0].removesuffix("-val")]
     plain = re.fullmatch("lenet5(_half)?", arch)
     return dict(epochs=epochs or usual_epochs, batch_size=batch_size or usual_batch,
                 optimizer="adam" if plain else "sgd", lr=1e-3 if plain else 0.1,
@@ -999,7 +1007,7 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
         raise BadInput(f"unknown data set '{name}'; choose from {dataset_names()}")
     if name == "none" and not file:
         raise BadInput("--dataset none needs a --teacher file, which knows shape and normalisation")
-    name = file.get("dataset", name) if name == "none" else name
+    name = (file.get("dataset", name) if name == "none" else name).removesuffix("-val")    # the same numbers
     pair = {**PAIRS, **(pairs or {})}.get(name, ("resnet34", "resnet18"))
     if of_preset[-1] == "wrn":
         pair = "wrn40_2", "wrn16_1"

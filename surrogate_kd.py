@@ -809,7 +809,7 @@ def same_data(name, other):
         paths = (re.sub(r"@\d+$", "", text.removeprefix("folder:")) for text in (name, other))
         one, two = (Path(path).resolve() for path in paths)
         return one == two or one in two.parents or two in one.parents
-    return re.sub("(mnist)28$", r"\1", name) == re.sub("(mnist)28$", r"\1", other)
+    return re.sub("28$|-val$", "", name) == re.sub("28$|-val$", "", other)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,18 @@ def test_torchvisions_sets_come_in_one_order(name, class_name, stored, monkeypat
         assert common.load_dataset("mnist", True)[0].pixels.shape == (7, 1, 32, 32)
 
 
+def test_validation_images_are_the_last_5000_of_the_training_set_and_no_test_image(monkeypatch):
+    def read(name, train, data_dir):
+        assert train and name == "cifar10"                     # the test set is not even read
+        return torch.zeros(6000, 3, 32, 32, dtype=torch.uint8), torch.arange(6000)
+    monkeypatch.setattr(common, "_read_torchvision", read)
+    (train, data), (held_out, same) = (common.load_dataset("cifar10-val", part) for part in (True, False))
+    assert train.labels.tolist() == list(range(1000)) and held_out.labels.tolist() == list(range(1000, 6000))
+    assert len(train.pixels) == 1000 and len(held_out.pixels) == 5000
+    assert data == same == common.DATASETS["cifar10"]
+    assert common.recipe_of("wrn16_2", "cifar10-val") == common.recipe_of("wrn16_2", "cifar10")
+
+
 def test_unknown_and_missing_data_are_refused_with_the_way_out(tmp_path, monkeypatch):
     def no_network(*args, download, **more):
         raise OSError("no route to host" if download else "not found")

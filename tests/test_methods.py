@@ -1,5 +1,6 @@
 """What holds for every method: who learns, what is left behind, what a run keeps, what a kill changes."""
 import contextlib
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -21,8 +22,8 @@ from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import common
-from conftest import (METHODS, THREADS, TINY, csd, deepinversion, rdskd, real_images, regulated_kd,
-                      surrogate_kd, tiny_args, tiny_networks, tiny_settings)
+from conftest import (METHODS, THREADS, TINY, csd, cudfkd, dafl, deepinversion, rdskd, real_images,
+                      regulated_kd, surrogate_kd, tiny_args, tiny_networks, tiny_settings)
 from helpers import equal, refused, rows_of, run_script, save_untrained, sure, weights_of
 
 
@@ -233,6 +234,43 @@ def test_every_setting_changes_the_student(method, in_tmp):
         if all(equal(weights(how, company), weights(how, changes)) for how in (False, True)):
             dead.add(field.name)
     assert dead <= UNSEEN
+
+
+# The authors' numbers, as their scripts, papers and readers' notes have them; a preset must not lose one.
+AUTHORS = {
+    (csd, "cifar10-wrn40_2-wrn16_1"): dict(
+        epochs=100, student_steps=2000, batch_size=128, lr_student=0.1, weight_decay=1e-4, temperature=20,
+        kd=1, ce=1, feature=30, lr_head=0.1, synthesis_batch_size=200, synthesis_steps=200, lr_generator=1e-3,
+        latent_dim=256, oh=1, bn=1, csd=10, adversarial=0, bank_rounds=400, bank_synthesis_steps=500),
+    (dafl, "mnist"): dict(
+        epochs=200, student_steps=120, batch_size=512, latent_dim=100, lr_generator=0.2, lr_student=2e-3,
+        student_optimizer="adam", schedule="constant", weight_decay=0, oh=1, ie=5, act=0.1),
+    (dafl, "cifar10"): dict(
+        epochs=2000, student_steps=120, batch_size=1024, latent_dim=1000, lr_generator=0.02, lr_student=0.1,
+        student_optimizer="sgd", schedule="steps", weight_decay=5e-4, oh=0.05, ie=5, act=0.01),
+    (dafl, "cifar100"): dict(epochs=2000, batch_size=1024, lr_generator=0.02, oh=0.5, ie=20, act=0.1),
+    (rdskd, "mnist"): dict(
+        epochs=1000, student_steps=120, batch_size=512, generator_epochs=20, generator_steps=120, temperature=10,
+        synthesis_batch_size=512, latent_dim=100, lr_generator=1e-3, lr_student=2e-3, weight_decay=0,
+        student_optimizer="adam", schedule="constant"),
+    (rdskd, "cifar10"): dict(epochs=1000, batch_size=512, latent_dim=1000, lr_student=2e-3, schedule="steps"),
+    (deepinversion, "cifar10"): dict(
+        synthesis_batch_size=256, synthesis_steps=2000, lr_images=0.05, beta1=0.9, beta2=0.999, oh=1, bn=10,
+        tv=2.5e-5, l2=0, jitter=2, mirror=False, clip=False, pool_batches=1000, student_steps=50, temperature=3),
+    (cudfkd, "cifar10"): dict(epochs=250, batch_size=512, student_loss="l1", temperature=20, age_start=2),
+    (cudfkd, "cifar10-wrn40_2-wrn16_1"): dict(epochs=250, batch_size=1024, student_loss="kl", temperature=20),
+    (cudfkd, "cifar100"): dict(epochs=400, batch_size=768, student_loss="l1", temperature=5, age_start=1),
+    (regulated_kd, "mnist"): dict(alpha_epochs=1.6, hard=0.3, optimizer="adam", lr_student=1e-3),
+    (surrogate_kd, "cifar10"): dict(
+        epochs=400, batch_size=256, lr_student=0.1, weight_decay=1e-4, temperature=20, pool_images=50_000,
+        randaugment=4, magnitude=14, elastic=True, invert=0.1, mixup=True, attack_threshold=0.9),
+    (surrogate_kd, "cifar10-real"): dict(temperature=2, randaugment=2, elastic=False, invert=0)}
+
+
+@pytest.mark.parametrize("method, preset", AUTHORS, ids=lambda value: getattr(value, "__name__", value))
+def test_presets_hold_the_authors_numbers(method, preset):
+    found = dataclasses.asdict(method.PRESETS[preset])
+    assert {name: found[name] for name in AUTHORS[method, preset]} == AUTHORS[method, preset]
 
 
 # ------------------------------------------------------------------------------------------------- by script

@@ -231,6 +231,8 @@ WIDE = "--teacher wrn40_2 --student "
     (csd, "--preset cifar10-wrn40_2-wrn16_1", "cifar10-wrn40_2-wrn16_1", "cifar10", "wrn40_2", "wrn16_1"),
     (csd, "--preset cifar10-short", "cifar10-short", "cifar10", "resnet34", "resnet18"),
     (csd, "--preset digits", "digits", "digits", "wrn16_2", "wrn16_1"),
+    (csd, "--dataset cifar10-val", "cifar10", "cifar10-val", "resnet34", "resnet18"),
+    (csd, WIDE + "wrn16_1 --dataset cifar10-val", "cifar10-wrn40_2-wrn16_1", "cifar10-val", "wrn40_2", "wrn16_1"),
     (csd, "--dataset svhn", "svhn", "svhn", "wrn40_2", "wrn16_1"),
     (csd, "--teacher checkpoints/toy.pt", "digits", "digits", "checkpoints/toy.pt", "wrn16_1"),
     (csd, "--teacher checkpoints/toy.pt --dataset none", "digits", "none", "checkpoints/toy.pt", "wrn16_1"),
