@@ -1453,7 +1453,9 @@ def command_line(main):
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        except (FloatingPointError, OSError) as error:
+        except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                error = "the GPU's memory is full; lower --batch-size, or another batch size that --help lists"
             last = Checkpoint.latest
             where = f" in epoch {last.next}" if last else ""
             where += f"; its last checkpoint: {last.path}" if last and last.path.exists() else ""

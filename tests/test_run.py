@@ -398,6 +398,16 @@ def test_a_loss_that_is_not_finite_names_its_epoch(epoch, teacher_file, in_tmp, 
     assert epoch == 0 or torch.load(checkpoint, weights_only=True)["epoch"] == 0
 
 
+def test_a_full_gpu_is_named_with_the_flag_to_lower(teacher_file, in_tmp, capsys, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    monkeypatch.setattr(dafl, "kd_loss", out_of_memory)
+    with pytest.raises(SystemExit) as stop:
+        dafl.main(tiny_args(dafl, teacher_file))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "memory is full; lower --batch-size" in error
+
+
 VARIED, EVEN = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10
 ALIKE, ONE, FEW = 0.5 + 0.001 * VARIED, 0 * EVEN + 3, (EVEN > 8).long()
 
