@@ -98,8 +98,8 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
     `digits`: 1,797 real 8x8 digits inside scikit-learn, split 1,437 / 360 by a fixed permutation.
     `folder:PATH@SIZE`: PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, shorter side resized to SIZE,
     centre cropped. `cifar10-val` and its like: the last 5,000 training images are the test set, and the
-    others the training set. The others come from `data_dir` or, if they are not there, from the internet. Raises
-    BadInput if the set is unknown, or can neither be found nor downloaded.
+    others the training set. The others come from `data_dir` or, if they are not there, from the internet.
+    Raises BadInput if the set is unknown, or can neither be found nor downloaded.
     """
     if name.startswith("folder:"):
         return _read_folder(name, train, device)
@@ -1455,7 +1455,7 @@ def command_line(main):
             raise SystemExit(2) from None
         except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError):
-                error = "the GPU's memory is full; lower --batch-size, or another batch size that --help lists"
+                error = "the GPU's memory is full; lower --batch-size, or another batch size of --help"
             last = Checkpoint.latest
             where = f" in epoch {last.next}" if last else ""
             where += f"; its last checkpoint: {last.path}" if last and last.path.exists() else ""

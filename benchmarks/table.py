@@ -250,6 +250,9 @@ MEASUREMENTS = {
     "surrogate_kd: how fast pictures are drawn": (
         ("generation",), {"pictures": "generator", "size": "size", "machine": "device"},
         {"pictures a second": ("images_per_second", 0, 1)}),
+    "Busy machines: two cores, beside one process that never waits": (
+        ("busy",), {"command": "command", "how": "how", "machine": "device"},
+        {"quiet: seconds": ("quiet_seconds", 1, 1), "busy: seconds": ("busy_seconds", 1, 1)}),
     "DeepInversion's images before a stranger": (
         ("stranger",),
         {"data set": "dataset", "flags": "flags", "images": "images", "stranger": "model", "seed": "seed"},

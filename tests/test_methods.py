@@ -250,13 +250,14 @@ AUTHORS = {
         student_optimizer="sgd", schedule="steps", weight_decay=5e-4, oh=0.05, ie=5, act=0.01),
     (dafl, "cifar100"): dict(epochs=2000, batch_size=1024, lr_generator=0.02, oh=0.5, ie=20, act=0.1),
     (rdskd, "mnist"): dict(
-        epochs=1000, student_steps=120, batch_size=512, generator_epochs=20, generator_steps=120, temperature=10,
-        synthesis_batch_size=512, latent_dim=100, lr_generator=1e-3, lr_student=2e-3, weight_decay=0,
+        epochs=1000, student_steps=120, batch_size=512, generator_epochs=20, generator_steps=120,
+        temperature=10, synthesis_batch_size=512, latent_dim=100, lr_generator=1e-3, lr_student=2e-3, weight_decay=0,
         student_optimizer="adam", schedule="constant"),
     (rdskd, "cifar10"): dict(epochs=1000, batch_size=512, latent_dim=1000, lr_student=2e-3, schedule="steps"),
     (deepinversion, "cifar10"): dict(
         synthesis_batch_size=256, synthesis_steps=2000, lr_images=0.05, beta1=0.9, beta2=0.999, oh=1, bn=10,
-        tv=2.5e-5, l2=0, jitter=2, mirror=False, clip=False, pool_batches=1000, student_steps=50, temperature=3),
+        tv=2.5e-5, l2=0, jitter=2, mirror=False, clip=False, pool_batches=1000, student_steps=50,
+        temperature=3),
     (cudfkd, "cifar10"): dict(epochs=250, batch_size=512, student_loss="l1", temperature=20, age_start=2),
     (cudfkd, "cifar10-wrn40_2-wrn16_1"): dict(epochs=250, batch_size=1024, student_loss="kl", temperature=20),
     (cudfkd, "cifar100"): dict(epochs=400, batch_size=768, student_loss="l1", temperature=5, age_start=1),
