@@ -251,8 +251,8 @@ AUTHORS = {
     (dafl, "cifar100"): dict(epochs=2000, batch_size=1024, lr_generator=0.02, oh=0.5, ie=20, act=0.1),
     (rdskd, "mnist"): dict(
         epochs=1000, student_steps=120, batch_size=512, generator_epochs=20, generator_steps=120,
-        temperature=10, synthesis_batch_size=512, latent_dim=100, lr_generator=1e-3, lr_student=2e-3, weight_decay=0,
-        student_optimizer="adam", schedule="constant"),
+        temperature=10, synthesis_batch_size=512, latent_dim=100, lr_generator=1e-3, lr_student=2e-3,
+        weight_decay=0, student_optimizer="adam", schedule="constant"),
     (rdskd, "cifar10"): dict(epochs=1000, batch_size=512, latent_dim=1000, lr_student=2e-3, schedule="steps"),
     (deepinversion, "cifar10"): dict(
         synthesis_batch_size=256, synthesis_steps=2000, lr_images=0.05, beta1=0.9, beta2=0.999, oh=1, bn=10,
