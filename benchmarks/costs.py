@@ -1,0 +1,206 @@
+"""What every preset costs, before anyone runs it: FLOPs, teacher queries, memory, hours on a card.
+
+    python benchmarks/costs.py                                     # every preset of every method
+    python benchmarks/costs.py "csd.py --preset cifar10-short"     # some command
+    python benchmarks/costs.py --log benchmarks/results/costs.jsonl
+
+One step of each phase runs on a CPU with 4 images. PyTorch's FlopCounterMode counts its FLOPs (convolutions
+and matrix products, forward and backward). Autograd's saved tensors tell how much memory the step holds until
+its backward pass. Both are proportional to the images of a step; steps and images are the preset's. The
+teacher's own training and the scoring are not counted. surrogate_kd's drawing of pictures is not counted, its
+pool takes at most --pool-budget draws; regulated_kd is counted as if every image took part.
+"""
+import contextlib
+import itertools
+import json
+import math
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import csd
+import cudfkd
+import dafl
+import deepinversion
+import rdskd
+import regulated_kd
+import surrogate_kd
+import table
+from common import (DATASETS, BadInput, DataSpec, ImageSet, Parser, build_model, command_line, frozen,
+                    is_file_name, read_classifier, seeded)
+
+IMAGES = 4                             # of a counted step
+MODULES = (csd, cudfkd, dafl, deepinversion, rdskd, regulated_kd, surrogate_kd)
+SETS = {"tiny-imagenet": DataSpec((3, 64, 64), 200, (0.5,) * 3, (0.5,) * 3, 8, True)}
+ONE_STEP = dict(epochs=1, batch_size=IMAGES, synthesis_batch_size=IMAGES, student_steps=1, round_steps=1,
+                synthesis_steps=1, low_resolution_steps=0, generator_epochs=1, generator_steps=1,
+                bank_rounds=1, bank_synthesis_steps=1, initial_batches=1, pool_batches=2, ramp=False,
+                adversarial_start=1.0, mode="kd", plain_teacher=True, queue=False)
+
+
+class Planned(Exception):
+    """Raised in the place of a run's start: a script's own options, settings and data."""
+
+
+def planned(command):
+    """What the command would run.   -> module, options, settings, DataSpec. Raises BadInput as the script does."""
+    script, *argv = shlex.split(command)
+    module = {f"{module.__name__}.py": module for module in MODULES}.get(script)
+    if not module:
+        raise BadInput(f"'{script}' is none of {', '.join(module.__name__ + '.py' for module in MODULES)}")
+
+    def stop(options, settings, data, needs=None):
+        raise Planned(options, settings, data)
+    with contextlib.ExitStack() as patches:
+        for name, fake in (("load_networks", stop), ("real_pictures", lambda *args: (1, None, ""))):
+            if hasattr(module, name):
+                patches.enter_context(mock.patch.object(module, name, fake))
+        try:
+            module.main.__wrapped__([*argv, "--device", "cpu"])
+        except Planned as found:
+            options, settings, data = found.args
+    return module, options, settings, SETS.get(options.preset, data)
+
+
+def phases_of(module, settings, images):
+    """{phase: (steps, images a step)}; a step of the full size.   images: of a real set or a pool"""
+    s = settings
+    if module is csd:
+        return {"bank": (s.bank_rounds * s.bank_synthesis_steps, s.synthesis_batch_size),
+                "synthesis": (s.epochs * s.synthesis_steps, s.synthesis_batch_size),
+                "distillation": (s.epochs * s.student_steps, s.batch_size)}
+    if module is deepinversion:
+        adaptive = min(s.epochs, max(0, s.pool_batches - s.initial_batches))
+        steps = s.synthesis_steps + s.low_resolution_steps / 4               # a quarter of the pixels
+        return {"bank": (s.initial_batches * steps, s.synthesis_batch_size),
+                "synthesis": (adaptive * steps, s.synthesis_batch_size),
+                "distillation": (s.epochs * s.student_steps, s.batch_size)}
+    if module is rdskd:
+        return {"synthesis": (s.generator_epochs * s.generator_steps, s.synthesis_batch_size),
+                "distillation": (s.epochs * s.student_steps, s.batch_size)}
+    if module is cudfkd:
+        rounds = s.epochs * s.student_steps // s.round_steps
+        return {"synthesis": (rounds * s.generator_steps, s.synthesis_batch_size),
+                "distillation": (rounds * s.round_steps, s.batch_size)}
+    if module is dafl:
+        return {"distillation": (s.epochs * s.student_steps, s.batch_size)}
+    phases = {"distillation": (s.epochs * math.ceil(images / s.batch_size), s.batch_size)}
+    if module is surrogate_kd:
+        phases["pool"] = ((s.pool_budget if s.balance else 1) * images, 1)
+    return phases
+
+
+class Meter:
+    """Stands in the place of a module's `steps`: one step of each phase, with what it took."""
+    def __init__(self, counter, teacher):
+        self.counter, self.teacher, self.found, self.asked = counter, teacher, {}, 0
+        teacher.register_forward_pre_hook(lambda module, inputs: self.ask(len(inputs[0])))
+
+    def ask(self, images):
+        self.asked += images
+
+    def now(self):
+        return self.counter.get_total_flops(), self.asked
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        kept = {}          # storages that autograd keeps; held here, so that no address is used twice
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+        weights = {id(weight) for weight in self.teacher.parameters()}
+        began = getattr(self, "ended", None) or self.now()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+        self.ended = self.now()
+        flops, asked = (after - before for before, after in zip(began, self.ended))
+        held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()
+                   if not isinstance(tensor, torch.nn.Parameter) and id(tensor) not in weights)
+        self.found[name] = dict(gflop=flops / IMAGES / 1e9, queries=asked / IMAGES, mb=held / IMAGES / 2 ** 20)
+
+    def steps(self, total, name, order=None):
+        for step in itertools.islice(order or itertools.count(), 1):
+            with self.phase(name):
+                yield step
+
+
+def step_costs(module, settings, data, names):
+    """{phase: GFLOP, teacher queries and MB of an image in one step}, and the student's and teacher's weights"""
+    known = {name: value for name, value in ONE_STEP.items() if hasattr(settings, name)}
+    tiny, found = replace(settings, **known), {}
+    pixels = torch.randint(256, (IMAGES, *data.image_shape), dtype=torch.uint8)
+    labels = torch.arange(IMAGES) % data.num_classes
+    with FlopCounterMode(display=False) as counter, seeded(0):
+        teacher, student = (build_model(name, data.num_classes, data.image_shape) for name in names)
+        teacher.eval()
+        meter = Meter(counter, teacher)
+        with mock.patch.object(module, "steps", meter.steps):
+            if module is csd:
+                csd.synthesize(teacher, data, tiny, 1)
+                found["bank"], meter.ended = meter.found["synthesis"], None
+                csd.distill(teacher, student, data, tiny, bank=(pixels, labels))
+            elif module is deepinversion:
+                deepinversion.synthesize(teacher, data, tiny)
+                found["bank"], meter.ended = meter.found["synthesis"], None
+                deepinversion.distill(teacher, student, data, tiny, pool=(
+                    torch.zeros(IMAGES, *data.image_shape, dtype=torch.float16), labels))
+            elif module is regulated_kd:
+                regulated_kd.distill(teacher, student, data, tiny, train=ImageSet(pixels, labels), counts=None)
+            elif module is surrogate_kd:
+                surrogate_kd.distill(teacher, student, data, tiny, surrogate=pixels, pseudo_labels=labels)
+                meter.ended = None
+                with meter.phase("pool"), torch.no_grad(), frozen(teacher):
+                    teacher(torch.zeros(IMAGES, *data.image_shape))
+            else:
+                module.distill(teacher, student, data, tiny)
+    weights = [sum(weight.numel() for weight in network.parameters()) for network in (teacher, student)]
+    return {**found, **meter.found}, weights
+
+
+def cost(command):
+    """A row for the log."""
+    module, options, settings, data = planned(command)
+    file = read_classifier(options.teacher) if is_file_name(options.teacher) else {}
+    names = file.get("arch", options.teacher), options.student
+    images = {"digits": 1437, "cifar100": 50_000, "cifar10": 50_000}.get(options.dataset, 60_000)
+    phases = phases_of(module, settings, getattr(settings, "pool_images", images))
+    each, (teacher, student) = step_costs(module, settings, data, names)
+    row = dict(variant="cost", method=module.__name__, preset=options.preset, dataset=options.dataset,
+               changed=options.changed, networks=f"{options.teacher} → {options.student}", phases={})
+    for phase, (steps, size) in phases.items():
+        if steps:
+            row["phases"][phase] = dict(steps=round(steps), images=size,
+                                        gflop_a_step=round(each[phase]["gflop"] * size, 2))
+    row["pflop"] = sum(each[phase]["gflop"] * steps * size for phase, (steps, size) in phases.items()) / 1e6
+    row["queries"] = round(sum(each[phase]["queries"] * steps * size for phase, (steps, size) in phases.items()))
+    held = max(each[phase]["mb"] * size for phase, (steps, size) in phases.items() if steps)
+    row["memory_gb"] = round((held + (teacher + 3 * student) * 4 / 2 ** 20) / 1024, 2)
+    return row
+
+
+@command_line
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("commands", nargs="*", help='such as "csd.py --preset cifar10-short" [every preset]')
+    parser.add_argument("--log", help="write the rows to this file, anew")
+    options = parser.parse_args(argv)
+    every = [f"{module.__name__}.py --preset {preset}" for module in MODULES for preset in module.PRESETS]
+    rows = []
+    for command in options.commands or every:
+        rows.append(cost(command))
+        row = rows[-1]
+        print(f"{command:<60s} {row['pflop']:12.4f} PFLOP {row['queries'] / 1e6:10.2f} M queries "
+              f"{row['memory_gb']:8.2f} GB", flush=True)
+    if options.log:
+        Path(options.log).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
