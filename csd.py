@@ -60,9 +60,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (BadInput, Means, Run, augment, batches, batchnorms, command_line, cosine, dataset_spec,
-                    frozen, last_linear, load_networks, normalize, parse, place_like, probe, recorded_inputs,
-                    recorded_statistics, set_lr, steps, with_own_seed)
+from common import (BadInput, Means, Run, UpsampledConv2d, augment, batches, batchnorms, command_line, cosine,
+                    dataset_spec, frozen, last_linear, load_networks, normalize, parse, place_like, probe,
+                    recorded_inputs, recorded_statistics, set_lr, steps, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -206,11 +206,9 @@ class Generator(nn.Module):
             nn.Linear(latent_dim, 128 * (height // 4) * (width // 4)),
             nn.Unflatten(1, (128, height // 4, width // 4)),                 # (N, 128, H/4, W/4)
             nn.BatchNorm2d(128),                                             # no activation before it [code]
-            nn.Upsample(scale_factor=2),                                     # (N, 128, H/2, W/2)
-            nn.Conv2d(128, 128, 3, padding=1, bias=False),
+            UpsampledConv2d(128, 128, bias=False),                           # sides double: (N, 128, H/2, W/2)
             nn.BatchNorm2d(128), nn.LeakyReLU(0.2, inplace=True),
-            nn.Upsample(scale_factor=2),                                     # (N, 128, H, W)
-            nn.Conv2d(128, 64, 3, padding=1, bias=False),
+            UpsampledConv2d(128, 64, bias=False),                            # (N, 64, H, W)
             nn.BatchNorm2d(64), nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(64, channels, 3, padding=1), nn.Sigmoid())             # (N, C, H, W)
 

@@ -70,9 +70,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Run, batchnorms, command_line, cosine, dataset_spec, denormalize,
-                    frozen, load_networks, normalize, parse, place_like, recorded_statistics, set_lr, steps,
-                    timed, with_own_seed)
+from common import (BadInput, Means, Run, UpsampledConv2d, batchnorms, command_line, cosine, dataset_spec,
+                    denormalize, frozen, load_networks, normalize, parse, place_like, recorded_statistics,
+                    set_lr, steps, timed, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -292,8 +292,8 @@ class Generator(nn.Module):
                   nn.Unflatten(1, (widths[0], height // side, wide // side)),             # (N, 256, H/4, W/4)
                   nn.BatchNorm2d(widths[0])]                                 # no activation after it [code]
         for before, after in zip(widths, widths[1:]):
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1, bias=False),
-                       nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]    # (N, 128, H/2, W/2) ...
+            layers += [UpsampledConv2d(before, after, bias=False), nn.BatchNorm2d(after),
+                       nn.LeakyReLU(0.2, inplace=True)]                      # (N, 128, H/2, W/2) ...
         layers += [nn.Conv2d(width, channels, 3, padding=1), nn.Sigmoid()]   # (N, C, H, W)
         self.layers = nn.Sequential(*layers)
         for module in self.modules():                                        # DCGAN's initialisation [code]

@@ -51,9 +51,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Run, build_optimizer, command_line, cosine, dataset_spec, denormalize,
-                    frozen, load_networks, parse, place_like, probe, recorded_inputs, set_lr, steps,
-                    with_own_seed)
+from common import (BadInput, Means, Run, UpsampledConv2d, build_optimizer, command_line, cosine,
+                    dataset_spec, denormalize, frozen, load_networks, parse, place_like, probe,
+                    recorded_inputs, set_lr, steps, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -159,12 +159,10 @@ class Generator(nn.Module):
             nn.Linear(latent_dim, channels * (height // 4) * (width // 4)),
             nn.Unflatten(1, (channels, height // 4, width // 4)),            # (N, 128, H/4, W/4)
             nn.BatchNorm2d(channels),                                        # no activation before it [code]
-            nn.Upsample(scale_factor=2),                                     # (N, 128, H/2, W/2)
-            nn.Conv2d(channels, channels, 3, padding=1),
+            UpsampledConv2d(channels, channels),                             # sides double: (N, 128, H/2, W/2)
             nn.BatchNorm2d(channels, eps=0.8), nn.LeakyReLU(0.2, inplace=True),      # the authors' eps, see 4
-            nn.Upsample(scale_factor=2),                                     # (N, 128, H, W)
-            nn.Conv2d(channels, half, 3, padding=1),
-            nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),  # (N, 64, H, W)
+            UpsampledConv2d(channels, half),                                 # (N, 64, H, W)
+            nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(half, image_channels, 3, padding=1), nn.Tanh(),        # (N, C, H, W)
             nn.BatchNorm2d(image_channels, affine=False))                    # mean 0, deviation 1 per channel
 

@@ -32,7 +32,7 @@ import rdskd
 import regulated_kd
 import surrogate_kd
 import table
-from common import (DATASETS, BadInput, DataSpec, ImageSet, Parser, build_model, command_line, frozen,
+from common import (BadInput, DataSpec, ImageSet, Parser, build_model, command_line, frozen,
                     is_file_name, read_classifier, seeded)
 
 IMAGES = 4                             # of a counted step
@@ -162,6 +162,13 @@ def step_costs(module, settings, data, names):
                 module.distill(teacher, student, data, tiny)
     weights = [sum(weight.numel() for weight in network.parameters()) for network in (teacher, student)]
     return {**found, **meter.found}, weights
+
+
+def training_gflop(name, image_shape, classes=10):
+    """GFLOP of one image's forward and backward pass in a network's training"""
+    with FlopCounterMode(display=False) as counter, seeded(0):
+        build_model(name, classes, image_shape)(torch.randn(IMAGES, *image_shape)).sum().backward()
+    return counter.get_total_flops() / IMAGES / 1e9
 
 
 def cost(command):

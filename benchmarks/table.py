@@ -266,6 +266,46 @@ def any_teacher_table(measurements):
             yield {"teacher": row["network"], "image side": row["size"], **row["methods"]}
 
 
+def race_tables(groups, measurements):
+    """-> {title: rows}: the runs of benchmarks/race.py by data set, and the trials by which settings were chosen.
+
+    These groups leave `groups`, so that no other table shows them.
+    """
+    costs = {(row["method"], row["preset"], json.dumps(row["changed"], sort_keys=True)): row["pflop"]
+             for row in measurements if row["variant"] == "cost"}
+    races, trials = {}, []
+    for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]]:
+        runs, start = groups[group], groups.pop(group)[0][0]
+        arguments, line = start["arguments"], {"method": group.method, "flags": group.flags("dataset")}
+        epochs = events(runs[:1], "epoch")
+        if arguments["dataset"].endswith("-val"):
+            trials.append({**line, "preset": group.preset, "of the validation images": f"**{of_end(runs)}**",
+                           "epochs": len(epochs), "seconds": seconds(runs), **origin(runs)})
+            continue
+        changed = {name: value for name, value in start["changed"].items()}
+        pflop = costs.get((group.method, group.preset, json.dumps(changed, sort_keys=True)))
+        races.setdefault(arguments["dataset"], []).append((-mean(run[-1]["student_acc_last"] for run in runs), {
+            **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
+            "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
+            "agreement with the teacher": of_end(runs, "agreement"), "calibration error": of_end(runs, "ece"),
+            "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
+            "PFLOP": "-" if pflop is None else f"{pflop:.2f}", "seconds": seconds(runs), **origin(runs)}))
+    found = {f"Race on {dataset}": [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+             for dataset, lines in sorted(races.items())}
+    return {**found, **({"Trials on validation images": trials} if trials else {})}
+
+
+def costs_table(measurements):
+    """What a preset costs on paper: hours at so many TFLOP/s that are really reached."""
+    for row in measurements:
+        if row["variant"] == "cost" and not row["changed"]:
+            yield {"method, preset": f"{row['method']}, {row['preset']}", "teacher → student": row["networks"],
+                   "PFLOP": f"{row['pflop']:.3g}", "teacher queries, million": f"{row['queries'] / 1e6:.2f}",
+                   "memory of a step in fp32, GB": f"{row['memory_gb']:.1f}",
+                   **{f"hours at {speed} TFLOP/s": f"{row['pflop'] * 1000 / speed / 3600:.2g}"
+                      for speed in (20, 80, 160)}}
+
+
 def front_table(groups):
     """One row a method: its digits preset as it is, from runs of the present code if there are any."""
     found = {}
@@ -282,12 +322,14 @@ def front_table(groups):
 
 def all_tables(runs, measurements):
     groups = grouped(runs)
-    tables = {"Data-free methods": main_table(groups),
+    tables = {**race_tables(groups, measurements),
+              "Data-free methods": main_table(groups),
               "CuDFKD: curriculum and ramp": curriculum_table(groups),
               "regulated_kd: real images, fewer steps": regulation_table(groups),
               "surrogate_kd: pictures that are not the teacher's": surrogate_table(groups),
               **{title: measured(measurements, *columns) for title, columns in MEASUREMENTS.items()},
-              "Any teacher": any_teacher_table(measurements)}
+              "Any teacher": any_teacher_table(measurements),
+              "Costs of the presets, on paper": costs_table(measurements)}
     return "".join(f"\n### {title}\n\n{table(rows)}" for title, rows in tables.items())
 
 

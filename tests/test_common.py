@@ -9,12 +9,13 @@ import torch
 import torch.nn as nn
 import torchvision
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional
 
 import common
 from common import BadInput, build_model, last_linear
 from conftest import tiny_networks
-from helpers import equal, weights_of
+from helpers import equal, in_float64, near, weights_of  # noqa: F401
 from test_methods import looks
 
 
@@ -112,6 +113,21 @@ def test_normalize_crop_and_flip_equal_torchvisions():
             assert torch.equal(out[i], expected)
     for result in (images, out):
         assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_upsampled_convolution_is_the_two_layers_in_one(bias, in_float64):
+    one, x = common.UpsampledConv2d(3, 5, bias), torch.randn(2, 3, 4, 6, requires_grad=True)
+    two = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, padding=1, bias=bias))
+    two[1].load_state_dict(one.state_dict())
+    weights = torch.randn(2, 5, 8, 12)
+    found, wanted = ([network(x), *torch.autograd.grad((weights * network(x)).sum(), [x, *network.parameters()])]
+                     for network in (one, two))
+    for mine, theirs in zip(found, wanted, strict=True):
+        near(mine, theirs)
+    with FlopCounterMode(display=False) as mode, torch.no_grad():
+        one(x), (less := mode.get_total_flops()), two(x)
+    assert less / (mode.get_total_flops() - less) == pytest.approx(4 / 9)
 
 
 def test_augment_draws_for_each_image_reaches_every_offset_and_passes_gradients():

@@ -98,7 +98,7 @@ def test_networks_have_the_published_sizes_the_right_range_and_the_authors_start
     assert pixels.shape == (4, 1, 8, 8) and 0 < pixels.min() and pixels.max() < 1
     near(csd.AuxiliaryHead(64, 10)(torch.randn(3, 64)).norm(dim=1), [1.0] * 3)
     assert csd.Regressor(8, 16, 4)(torch.randn(2, 8, 8, 8)).shape == (2, 16, 4, 4)
-    linear, _, bn, _, convolution, *_ = csd.reinitialize(generator).layers
+    linear, _, bn, convolution, *_ = csd.reinitialize(generator).layers
     for layer, mean, tolerance in ((linear, 0, 0.02), (convolution, 0, 0.02), (bn, 1, 0.3)):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=tolerance)
         assert abs(layer.weight.mean() - mean) < 0.01

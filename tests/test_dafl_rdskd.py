@@ -134,6 +134,20 @@ class Functional(Foreign):
         return nn.functional.linear(self.pool(self.body(x)).flatten(1), self.out.weight, self.out.bias)
 
 
+class Gated(nn.Module):
+    """Linear layers before, between and after its convolutions; one of the last takes no vectors."""
+    def __init__(self):
+        super().__init__()
+        self.gate, self.first, self.middle = nn.Linear(64, 1), nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 4)
+        self.last, self.tokens, self.fc, self.out = (
+            nn.Conv2d(4, 4, 3, padding=1), nn.Linear(64, 8), nn.Linear(32, 6), nn.Linear(6, 10))
+
+    def forward(self, x):
+        x = self.first(x * self.gate(x.flatten(1))[:, :, None, None])
+        x = self.last(x * self.middle(x.mean((2, 3)))[:, :, None, None])     # as squeeze and excitation do
+        return self.out(self.fc(self.tokens(x.flatten(2)).flatten(1)))
+
+
 def test_dafl_features_are_what_the_first_linear_layer_after_the_convolutions_takes():
     data = common.DATASETS["mnist"]
     lenet = common.build_model("lenet5", 10, data.image_shape)
@@ -141,6 +155,8 @@ def test_dafl_features_are_what_the_first_linear_layer_after_the_convolutions_ta
     assert dafl.feature_layer(lenet, data) is lenet.fc1 and dafl.feature_layer(dense, data) is dense[3]
     wide, _, digits = tiny_networks()
     assert dafl.feature_layer(wide, digits) is wide.fc
+    gated = Gated()
+    assert dafl.feature_layer(gated, digits) is gated.fc
     for teacher in (Functional(), nn.Conv2d(1, 1, 1)):
         with pytest.raises(common.BadInput, match=f"nn.Linear.*{type(teacher).__name__} has none"):
             dafl.feature_layer(teacher, digits)

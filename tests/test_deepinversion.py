@@ -134,13 +134,15 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
         made.append(synthesized_anew(teacher, data, settings, other.eval()))
         x, y = (torch.cat(parts) for parts in list(zip(*made))[:2])
         sgd = torch.optim.SGD(other.parameters(), momentum=0.9, weight_decay=settings.weight_decay)
-        for rate in (0.02, 0.01):
-            sgd.param_groups[0]["lr"] = rate
+        for epoch, rate in enumerate((0.02, 0.01)):
+            sgd.param_groups[0]["lr"], hits = rate, 0
             for batch in torch.randperm(30).split(8)[:3]:
                 image = common.augment(x[batch].float() * data.std[0] + data.mean[0], data)
                 image = (image - data.mean[0]) / data.std[0]
                 loss = kl(other.train()(image), teacher(image).detach(), settings.temperature).mean()
                 sgd.zero_grad(), loss.backward(), sgd.step()
+                hits += (teacher(image).argmax(1) == y[batch]).sum().item()
+            near(log.rows[epoch]["target_acc"], hits / 24)
     near6(images, x), assert_close(student, other, 1e-5)
     assert torch.equal(targets, y) and images.dtype == torch.float16
     assert not all(last for _, _, last in made) or not settings.keep_best

@@ -154,6 +154,7 @@ def test_the_teachers_training_equals_one_pass_with_a_masked_loss_of_seed_0(in_f
     assert torch.equal(counts, trained_anew(
         other, losses_of, True, data, train, settings, 0, torch.ones(60)))
     assert 0 < counts.sum() < 180 and log.rows[-1]["sample_uses"] == counts.sum()
+    assert log.rows[-1]["never_used"] == (counts == 0).sum()
     assert_close(teacher, other), near([row["share"] for row in log.rows], shares)
 
 
