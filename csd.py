@@ -206,7 +206,7 @@ class Generator(nn.Module):
             nn.Linear(latent_dim, 128 * (height // 4) * (width // 4)),
             nn.Unflatten(1, (128, height // 4, width // 4)),                 # (N, 128, H/4, W/4)
             nn.BatchNorm2d(128),                                             # no activation before it [code]
-            UpsampledConv2d(128, 128, bias=False),                           # sides double: (N, 128, H/2, W/2)
+            UpsampledConv2d(128, 128, bias=False),                          # sides double: (N, 128, H/2, W/2)
             nn.BatchNorm2d(128), nn.LeakyReLU(0.2, inplace=True),
             UpsampledConv2d(128, 64, bias=False),                            # (N, 64, H, W)
             nn.BatchNorm2d(64), nn.LeakyReLU(0.2, inplace=True),

@@ -183,7 +183,7 @@ class Generator(nn.Module):
             nn.Linear(latent_dim, channels * (height // 4) * (width // 4)),
             nn.Unflatten(1, (channels, height // 4, width // 4)),            # (N, 128, H/4, W/4)
             nn.BatchNorm2d(channels),                                        # no activation before it [code]
-            UpsampledConv2d(channels, channels),                             # sides double: (N, 128, H/2, W/2)
+            UpsampledConv2d(channels, channels),                            # sides double: (N, 128, H/2, W/2)
             nn.BatchNorm2d(channels, eps=0.8), nn.LeakyReLU(0.2, inplace=True),      # DAFL's authors' eps
             UpsampledConv2d(channels, half),                                 # (N, 64, H, W)
             nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),

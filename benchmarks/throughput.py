@@ -4,7 +4,8 @@
 
 "authors" is the order of work in the authors' code, written anew from its description. "here" is
 the method's own functions, with a stopwatch in the place of their `steps`. The two take turns in
-one process, --laps times. A turn takes two steps of each phase; the second one counts. The needed
+one process, --laps times. A turn takes two steps of each phase; the second one counts. With --each, ours
+takes more turns, each with one measure switched off: what that measure is worth. The needed
 FLOPs are those of a step in which all that is not trained is frozen. The fraction is needed FLOPs a
 second, over what the machine's own 3x3 convolutions reach between the steps. The authors, at 32x32:
 
@@ -42,6 +43,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,6 +107,26 @@ class Stopwatch:
             self.lap(name)
 
 
+def denominators(watch):
+    """{name: GFLOP/s} of convolutions at a WRN-40-2's three sizes, 64 images, and of a matrix product."""
+    found, like, product = {}, dict(device=watch.device, dtype=watch.maps.dtype), 2048
+
+    def rate(work, function):
+        times = []
+        for _ in range(4):
+            began = watch.clock()
+            function()
+            times.append(watch.clock() - began)
+        return round(work / statistics.median(times[1:]) / 1e9, 1)
+    for width, side in ((32, 32), (64, 16), (128, 8)):
+        maps, weights = (torch.randn(shape, **like).contiguous(memory_format=torch.channels_last)
+                         for shape in ((64, width, side, side), (width, width, 3, 3)))
+        found[f"conv_{width}x{side}x{side}_gflops"] = rate(
+            2 * weights.numel() * 64 * side ** 2, lambda: F.conv2d(maps, weights, padding=1))
+    matrix = torch.randn(product, product, **like)
+    return {**found, "matmul_2048_gflops": rate(2 * product ** 3, lambda: matrix @ matrix)}
+
+
 # ------------------------------------------------------------------------------- the authors' order of work
 def descend(loss, *optimizers):
     for optimizer in optimizers:
@@ -114,8 +136,14 @@ def descend(loss, *optimizers):
         optimizer.step()
 
 
-def theirs(network, teacher):
-    """On the teacher's device and in its precision, in PyTorch's usual order."""
+def upsample_then_convolve(width_in, width_out, bias=True):
+    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width_in, width_out, 3, padding=1, bias=bias))
+
+
+def theirs(build, teacher, *arguments):
+    """A network of ours on the teacher's device and in its precision, in PyTorch's usual layers and order."""
+    with mock.patch.object(sys.modules[build.__module__], "UpsampledConv2d", upsample_then_convolve):
+        network = build(*arguments)
     return place_like(network, teacher).to(memory_format=torch.contiguous_format)
 
 
@@ -145,9 +173,9 @@ def csd_authors(watch, teacher, student, data, settings):
     device, classifier = watch.device, last_linear(student)
     teacher_map, shape = csd.last_map(teacher, "", data)
     student_map, (channels, *_) = csd.last_map(student, "", data)
-    generator = theirs(csd.Generator(settings.latent_dim, data.image_shape), teacher)
+    generator = theirs(csd.Generator, teacher, settings.latent_dim, data.image_shape)
     head = csd.AuxiliaryHead(classifier.in_features, data.num_classes).to(device)
-    regressor = theirs(csd.Regressor(channels, *shape[:2]), teacher)
+    regressor = theirs(csd.Regressor, teacher, channels, *shape[:2])
     z = torch.randn(settings.synthesis_batch_size, settings.latent_dim, device=device, requires_grad=True)
     targets = torch.arange(len(z), device=device) % data.num_classes
     optimizer_g = torch.optim.Adam([*generator.parameters(), z], 1e-3, betas=(0.5, 0.999))
@@ -190,7 +218,7 @@ def csd_authors(watch, teacher, student, data, settings):
 
 
 def dafl_authors(watch, teacher, student, data, settings):
-    generator = theirs(dafl.Generator(settings.latent_dim, data.image_shape), teacher)
+    generator = theirs(dafl.Generator, teacher, settings.latent_dim, data.image_shape)
     optimizer_g = torch.optim.Adam(generator.parameters(), settings.lr_generator)
     optimizer_s = build_optimizer(student, settings.student_optimizer, 1e-4, settings.weight_decay)
     layer = dafl.feature_layer(teacher, data)
@@ -205,7 +233,7 @@ def dafl_authors(watch, teacher, student, data, settings):
 
 
 def rdskd_authors(watch, teacher, student, data, settings):
-    generator = theirs(rdskd.Generator(settings.latent_dim, data.image_shape), teacher)
+    generator = theirs(rdskd.Generator, teacher, settings.latent_dim, data.image_shape)
     optimizer_g = torch.optim.Adam(generator.parameters(), settings.lr_generator)
     optimizer_s = torch.optim.Adam(student.parameters(), 1e-4)
     for _ in watch.steps(settings.generator_steps, "synthesis"):
@@ -242,7 +270,7 @@ def deepinversion_authors(watch, teacher, student, data, settings):
 
 
 def cudfkd_authors(watch, teacher, student, data, settings):
-    generator = theirs(cudfkd.Generator(settings.latent_dim, data.image_shape), teacher)
+    generator = theirs(cudfkd.Generator, teacher, settings.latent_dim, data.image_shape)
     optimizer_g = torch.optim.Adam(generator.parameters(), settings.lr_generator, betas=(0.9, 0.99))
     optimizer_s = build_optimizer(student, "sgd", 1e-4, 1e-4)
 
@@ -273,6 +301,54 @@ def cudfkd_authors(watch, teacher, student, data, settings):
                     top = student_logits.topk(5, 1).indices == teacher_logits.argmax(1)[:, None]
                     top[:, 0].float().mean().item(), top.any(1).float().mean().item()
                     F.kl_div(student_logits.log_softmax(1), teacher_logits.softmax(1), reduction="sum")
+
+
+# --------------------------------------------------------------------------- ours, with one measure switched off
+@contextlib.contextmanager
+def only_in_eval_mode(*models):
+    """What `frozen` does, but for the weight gradients."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    yield
+    for module, mode in modes:
+        module.training = mode
+
+
+@contextlib.contextmanager
+def statistics_of_copies(modules):
+    """What `recorded_statistics` gives, with PyTorch's own var_mean and its backward pass."""
+    seen = {}
+    hooks = [module.register_forward_pre_hook(lambda module, inputs: seen.__setitem__(
+        module, torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)[::-1])) for module in modules]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def crops_one_by_one(pixels, data):
+    padded, size = F.pad(pixels, (data.crop,) * 4), pixels.shape[2]
+    places = torch.randint(0, 2 * data.crop + 1, (len(pixels), 2)).tolist()
+    cut = (image[:, top:top + size, left:left + size] for image, (top, left) in zip(padded, places))
+    return torch.stack([image.flip(2) if torch.rand(()) < 0.5 else image for image in cut])
+
+
+def contiguous(function):
+    """The same in PyTorch's usual memory order"""
+    def wrapped(*arguments):
+        found = function(*arguments)
+        return (found.contiguous() if torch.is_tensor(found) else
+                found.to(memory_format=torch.contiguous_format))
+    return wrapped
+
+
+MEASURES = {   # {measure: what stands in its place in a method's file}
+    "frozen networks": dict(frozen=only_in_eval_mode),
+    "moments in one backward pass": dict(recorded_statistics=statistics_of_copies),
+    "channels_last": dict(normalize=contiguous(normalize), place_like=contiguous(place_like)),
+    "upsampling inside the convolution": dict(UpsampledConv2d=upsample_then_convolve),
+    "crops of a whole batch": dict(augment=crops_one_by_one),
+}
 
 
 # ------------------------------------------------------------------------------------------ what is measured
@@ -313,11 +389,14 @@ def settings_of(method, steps, images, device):
 
 def take_turn(method, variant, watch, precision, steps, images, scored=True):
     """Some steps of a variant.   images: {phase: images of a step} -> {phase: the measure of each step}"""
-    module, here, device = method.module, variant == "here", watch.device
+    module, here, device = method.module, variant != "authors", watch.device
+    off = {name: value for name, value in MEASURES.get(variant.removeprefix("without "), {}).items()
+           if hasattr(module, name)}
     data, settings = DATASETS[method.preset.partition("-")[0]], settings_of(method, steps, images, device)
-    layout, laps = torch.channels_last if here else torch.contiguous_format, {}
+    plain, laps = not here or variant == "without channels_last", {}
+    layout = torch.contiguous_format if plain else torch.channels_last
     watch.laps = laps
-    with seeded(0):
+    with seeded(0), mock.patch.multiple(module, **off) if off else contextlib.nullcontext():
         teacher, student = (build_model(name, data.num_classes, data.image_shape).to(
             device, memory_format=layout) for name in method.networks)
         if precision == "bf16":
@@ -359,7 +438,9 @@ def measure(options):
     method, device, precision = METHODS[options.method], options.device, options.precision
     whole = device.type == "cuda" or options.method in ("csd", "cudfkd")
     images = {phase: options.batch_size or (full if whole else 32) for phase, full in method.images.items()}
-    needed, laps = gflop(method, "here", images, device, scored=False), {"authors": {}, "here": {}}
+    variants = ["authors", "here", *(f"without {name}" for name, parts in MEASURES.items()
+                                     if options.each and any(hasattr(method.module, part) for part in parts))]
+    needed, laps = gflop(method, "here", images, device, scored=False), {variant: {} for variant in variants}
     watch = Stopwatch(device, precision)
     for _ in range(options.laps):
         for variant, found in laps.items():
@@ -367,16 +448,21 @@ def measure(options):
                 found.setdefault(phase, []).append(values[1])
     ceiling = statistics.median(watch.ceilings) / 1e9
     print(f"{options.method}, {images}, {precision}, {device_name(device)}, ceiling {ceiling:.0f} GFLOP/s")
-    print("      variant         phase       seconds      fraction    GFLOP done  GFLOP needed")
+    shared = dict(method=options.method, device=device_name(device), precision=precision, versions=versions(),
+                  laps=options.laps, ceiling="3x3 convolutions", ceiling_gflops=round(ceiling, 1),
+                  batch_size=", ".join(map(str, dict.fromkeys(images.values()))), **denominators(watch))
+    print(", ".join(f"{key} {value}" for key, value in shared.items() if key.endswith("gflops")))
     for variant, found in laps.items():
-        row = dict(method=options.method, variant=variant, device=device_name(device), precision=precision,
-                   versions=versions(), ceiling="3x3 convolutions", ceiling_gflops=round(ceiling, 1),
-                   batch_size=", ".join(map(str, dict.fromkeys(images.values()))))
+        row = dict(shared, variant=variant)
         for phase, done in gflop(method, variant, images, device).items():
-            seconds = statistics.median(found[phase])
-            row[phase] = dict(seconds=round(seconds, 4), fraction=round(needed[phase] / seconds / ceiling, 3),
+            times, seconds = found[phase], statistics.median(found[phase])
+            ratios = [mine / theirs for mine, theirs in zip(times, laps["authors"][phase])]
+            row[phase] = dict(seconds=round(seconds, 4), least=round(min(times), 4), most=round(max(times), 4),
+                              of_authors=round(statistics.median(ratios), 3),
+                              fraction=round(needed[phase] / seconds / ceiling, 3),
                               gflop_done=round(done, 1), gflop=round(needed[phase], 1))
-            print(" ".join(f"{value:>13}" for value in (variant, phase, *row[phase].values())), flush=True)
+            shown = ", ".join(f"{key} {value}" for key, value in row[phase].items())
+            print(f"{variant:>42s}  {phase:>12s}  {shown}", flush=True)
         yield row
 
 
@@ -404,6 +490,7 @@ def main(argv=None):
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], help="[tf32 on CUDA, else fp32]")
     parser.add_argument("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
     parser.add_argument("--batch-size", type=number_type(int, True), help="images of a step [see above]")
+    parser.add_argument("--each", action="store_true", help="also with each measure switched off by itself")
     parser.add_argument("--log", help="append the result to this file, one JSON line a variant")
     parser.set_defaults(deterministic=False)
     options = parser.parse_args(argv)
