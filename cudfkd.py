@@ -135,6 +135,9 @@ PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
     # --preset tiny-imagenet --dataset folder:PATH@64, see 10 above
     "tiny-imagenet": replace(CIFAR100, batch_size=128, synthesis_batch_size=128, latent_dim=1024,
                              adversarial_start=1.0, adversarial_end=33.85, ramp_end=0.75),
+    # [inferred] for the race in benchmarks/: as many steps as 40 minutes of two cores allow
+    "cifar10-cpu": replace(WIDE, epochs=10, student_steps=200, batch_size=256, synthesis_batch_size=256,
+                           images_per_pass=128, generator_width=32, age_start=0.5, adversarial_end=6.7),
     # [inferred] for a CPU; the paper treats neither. The KL of the digits pair is some 0.2: at ages 2 to 12
     # all weights would be 1 after an epoch. digits: chosen among 9 by test accuracy on seed 0
     "mnist": replace(WIDE, epochs=10, batch_size=256, synthesis_batch_size=256, images_per_pass=128,

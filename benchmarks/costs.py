@@ -4,11 +4,12 @@
     python benchmarks/costs.py "csd.py --preset cifar10-short"     # some command
     python benchmarks/costs.py --log benchmarks/results/costs.jsonl
 
-One step of each phase runs on a CPU with 4 images. PyTorch's FlopCounterMode counts its FLOPs (convolutions
-and matrix products, forward and backward). Autograd's saved tensors tell how much memory the step holds until
-its backward pass. Both are proportional to the images of a step; steps and images are the preset's. The
-teacher's own training and the scoring are not counted. surrogate_kd's drawing of pictures is not counted, its
-pool takes at most --pool-budget draws; regulated_kd is counted as if every image took part.
+One step of each phase runs on a CPU with 4 images. PyTorch's FlopCounterMode counts its FLOPs
+(convolutions and matrix products, forward and backward). Autograd's saved tensors tell how much memory
+the step holds until its backward pass. Both are proportional to the images of a step; steps and images
+are the preset's. Not counted: the teacher's own training, the scoring, and the drawing of surrogate_kd's
+pictures. surrogate_kd's pool counts as if it needed all draws that --pool-budget allows, regulated_kd as
+if every image took part.
 """
 import contextlib
 import itertools
@@ -38,6 +39,7 @@ from common import (BadInput, DataSpec, ImageSet, Parser, build_model, command_l
 IMAGES = 4                             # of a counted step
 MODULES = (csd, cudfkd, dafl, deepinversion, rdskd, regulated_kd, surrogate_kd)
 SETS = {"tiny-imagenet": DataSpec((3, 64, 64), 200, (0.5,) * 3, (0.5,) * 3, 8, True)}
+TRAINING_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257}    # else 60,000
 ONE_STEP = dict(epochs=1, batch_size=IMAGES, synthesis_batch_size=IMAGES, student_steps=1, round_steps=1,
                 synthesis_steps=1, low_resolution_steps=0, generator_epochs=1, generator_steps=1,
                 bank_rounds=1, bank_synthesis_steps=1, initial_batches=1, pool_batches=2, ramp=False,
@@ -49,7 +51,10 @@ class Planned(Exception):
 
 
 def planned(command):
-    """What the command would run.   -> module, options, settings, DataSpec. Raises BadInput as the script does."""
+    """What the command would run.   -> module, options, settings, DataSpec
+
+    Raises BadInput as the script does.
+    """
     script, *argv = shlex.split(command)
     module = {f"{module.__name__}.py": module for module in MODULES}.get(script)
     if not module:
@@ -123,7 +128,8 @@ class Meter:
         flops, asked = (after - before for before, after in zip(began, self.ended))
         held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()
                    if not isinstance(tensor, torch.nn.Parameter) and id(tensor) not in weights)
-        self.found[name] = dict(gflop=flops / IMAGES / 1e9, queries=asked / IMAGES, mb=held / IMAGES / 2 ** 20)
+        self.found[name] = dict(gflop=flops / IMAGES / 1e9, queries=asked / IMAGES,
+                                mb=held / IMAGES / 2 ** 20)
 
     def steps(self, total, name, order=None):
         for step in itertools.islice(order or itertools.count(), 1):
@@ -132,7 +138,7 @@ class Meter:
 
 
 def step_costs(module, settings, data, names):
-    """{phase: GFLOP, teacher queries and MB of an image in one step}, and the student's and teacher's weights"""
+    """-> {phase: GFLOP, teacher queries and MB of an image in one step}; weights of teacher and student"""
     known = {name: value for name, value in ONE_STEP.items() if hasattr(settings, name)}
     tiny, found = replace(settings, **known), {}
     pixels = torch.randint(256, (IMAGES, *data.image_shape), dtype=torch.uint8)
@@ -152,7 +158,8 @@ def step_costs(module, settings, data, names):
                 deepinversion.distill(teacher, student, data, tiny, pool=(
                     torch.zeros(IMAGES, *data.image_shape, dtype=torch.float16), labels))
             elif module is regulated_kd:
-                regulated_kd.distill(teacher, student, data, tiny, train=ImageSet(pixels, labels), counts=None)
+                regulated_kd.distill(teacher, student, data, tiny, train=ImageSet(pixels, labels),
+                                     counts=None)
             elif module is surrogate_kd:
                 surrogate_kd.distill(teacher, student, data, tiny, surrogate=pixels, pseudo_labels=labels)
                 meter.ended = None
@@ -176,7 +183,7 @@ def cost(command):
     module, options, settings, data = planned(command)
     file = read_classifier(options.teacher) if is_file_name(options.teacher) else {}
     names = file.get("arch", options.teacher), options.student
-    images = {"digits": 1437, "cifar100": 50_000, "cifar10": 50_000}.get(options.dataset, 60_000)
+    images = TRAINING_IMAGES.get(options.dataset, 60_000)
     phases = phases_of(module, settings, getattr(settings, "pool_images", images))
     each, (teacher, student) = step_costs(module, settings, data, names)
     row = dict(variant="cost", method=module.__name__, preset=options.preset, dataset=options.dataset,
@@ -186,7 +193,8 @@ def cost(command):
             row["phases"][phase] = dict(steps=round(steps), images=size,
                                         gflop_a_step=round(each[phase]["gflop"] * size, 2))
     row["pflop"] = sum(each[phase]["gflop"] * steps * size for phase, (steps, size) in phases.items()) / 1e6
-    row["queries"] = round(sum(each[phase]["queries"] * steps * size for phase, (steps, size) in phases.items()))
+    row["queries"] = round(sum(each[phase]["queries"] * steps * size
+                               for phase, (steps, size) in phases.items()))
     held = max(each[phase]["mb"] * size for phase, (steps, size) in phases.items() if steps)
     row["memory_gb"] = round((held + (teacher + 3 * student) * 4 / 2 ** 20) / 1024, 2)
     return row

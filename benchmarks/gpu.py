@@ -5,11 +5,11 @@
     python benchmarks/gpu.py --list                            # what is done and what is to come
     python benchmarks/gpu.py --rehearse --minutes 30           # the whole list on a CPU, at a tiny size
 
-The same command goes on where the last call ended, however that was. Before each job it says how long it will
-take: the job's FLOPs (benchmarks/costs.py) over the FLOPs a second of ten training steps of its networks, here
-and now. Jobs that fit into the minutes left come first; then the first one that does not gets the rest, and
-goes on next time. GPU/keep holds what is worth carrying away, at most 60 MB: logs, pictures, output, and
-students and teachers in bf16, as long as there is room.
+The same command goes on where the last call ended, however that was. Before each job it says how
+long it will take: the job's FLOPs (benchmarks/costs.py) over the FLOPs a second of ten training steps
+of its networks, here and now. Jobs that fit into the minutes left come first; then the first one that
+does not gets the rest, and goes on next time. gpu/keep holds what is worth carrying away, at most
+60 MB: logs, pictures, output, and students and teachers in bf16, as long as there is room.
 """
 import json
 import shutil
@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import costs
-from common import (BadInput, Parser, build_model, command_line, device_name, in_bf16, number_type,
+from common import (DATASETS, BadInput, Parser, build_model, command_line, device_name, in_bf16, number_type,
                     read_classifier, require_same, write)
 
 MOST_MB = 60
@@ -48,36 +49,39 @@ class Job(NamedTuple):
     kind: str            # "once": no way to go on, its output is kept; "teacher", "run": goes on after a kill
     command: str         # without python
     networks: tuple = ()
+    dataset: str = "cifar10"
 
 
 def jobs(folder, rehearse):
     """-> the list, in order of worth"""
     found = [Job("tests", "once", "-m pytest -q tests/test_tables.py" if rehearse else "-m pytest -q -n 2")]
-    names = list(SHORT)
     for method in ("csd", "dafl", "rdskd", "deepinversion", "cudfkd"):
         for precision in ("fp32",) if rehearse else ("fp32", "tf32", "bf16"):
             flags = f"--method {method} --precision {precision} --log {folder}/keep/throughput.jsonl"
             flags += " --laps 1 --batch-size 2" * rehearse
             found.append(Job(f"throughput-{method}-{precision}", "once", f"benchmarks/throughput.py {flags}"))
     pairs = (("wrn10_1", "wrn10_1"),) if rehearse else PAIRS
-    dataset, how = ("digits", "--epochs 2 --threads 1") if rehearse else ("cifar10", "--epochs 60 --precision bf16")
+    dataset, how = "cifar10", "--epochs 60 --precision bf16"
+    if rehearse:
+        dataset, how = "digits", "--epochs 2 --threads 1"
     for teacher, _ in pairs:
-        file = f"{folder}/teachers/{dataset}_{teacher}.pt"
-        found.append(Job(f"teacher-{teacher}", "teacher", f"common.py --model {teacher} --dataset {dataset} {how} "
-                         f"--out {file}", (teacher, teacher)))
+        flags = f"--dataset {dataset} {how} --out {folder}/teachers/{dataset}_{teacher}.pt"
+        found.append(Job(f"teacher-{teacher}", "teacher", f"common.py --model {teacher} {flags}",
+                         (teacher, teacher), dataset))
     for length in ("short",) if rehearse else ("short", "full"):
         for teacher, student in pairs:
-            for name in names:
+            for name in SHORT:
                 flags = SHORT[name] if length == "short" else ""
                 how = "--precision bf16 --eval-every 5"
                 if rehearse:
                     flags, how = f"--preset digits --epochs 2 --batch-size 8 {TINY[name]}", "--threads 1"
-                found.append(Job(f"{name}-{teacher}-{length}", "run", f"{name}.py {flags} --student {student} "
-                                 f"--teacher {folder}/teachers/{dataset}_{teacher}.pt {how}", (teacher, student)))
+                flags += f" --teacher {folder}/teachers/{dataset}_{teacher}.pt --student {student} {how}"
+                found.append(Job(f"{name}-{teacher}-{length}", "run", f"{name}.py {flags}",
+                                 (teacher, student), dataset))
     for name in () if rehearse else ("dafl", "rdskd", "cudfkd"):
         for seed in range(5):
             found.append(Job(f"{name}-mnist-{seed}", "run", f"{name}.py --preset mnist --seed {seed}",
-                             ("lenet5", "lenet5_half")))
+                             ("lenet5", "lenet5_half"), "mnist"))
     return [job._replace(command=f"{job.command} --out {folder}/runs/{job.name} --resume")
             if job.kind == "run" else job for job in found]
 
@@ -110,7 +114,6 @@ def flops_a_second(networks, device, image_shape, classes=10):
         optimizer.zero_grad()
         F.cross_entropy(student(images), target).backward()
         optimizer.step()
-    from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
         step()
     for count in (3, 10):
@@ -126,54 +129,51 @@ def flops_a_second(networks, device, image_shape, classes=10):
 
 
 def seconds_of(job, device, speeds):
-    """An estimate, None where nothing is counted. Throughput and tests are not."""
+    """An estimate; None for tests and throughput."""
     if job.kind == "once":
         return None
-    shape = (1, 32, 32) if job.networks[0].startswith("lenet5") else (3, 32, 32)
+    shape = DATASETS[job.dataset].image_shape
     if job.networks not in speeds:
         speeds[job.networks] = flops_a_second(job.networks, device, shape)
-    if job.kind == "teacher":                                  # forward and backward of 50,000 images an epoch
-        words = job.command.split()
-        epochs = int(words[words.index("--epochs") + 1])
-        each = costs.training_gflop(job.networks[0], shape)
-        return epochs * 50_000 * each * 1e9 / speeds[job.networks]
-    flags = [word for word in job.command.replace("--resume", "").split()]
-    flags[flags.index("--out"):] = []
-    for flag, value in (("--teacher", job.networks[0]), ("--precision", None)):
-        if flag in flags:
-            place = flags.index(flag)
-            flags[place:place + 2] = [flag, value] if value else []
-    return costs.cost(" ".join(flags))["pflop"] * 1e15 / speeds[job.networks]
+    words = job.command.replace(" --resume", "").split()
+
+    def value_of(flag):
+        place = words.index(flag)
+        return words.pop(place + 1), words.pop(place)
+    if job.kind == "teacher":
+        images = int(value_of("--epochs")[0]) * costs.TRAINING_IMAGES[job.dataset]
+        return images * costs.training_gflop(job.networks[0], shape) * 1e9 / speeds[job.networks]
+    for flag in {"--out", "--teacher", "--precision"} & {*words}:
+        value_of(flag)
+    return costs.cost(" ".join([*words, "--teacher", job.networks[0]]))["pflop"] * 1e15 / speeds[job.networks]
 
 
 def keep(job, folder):
     """Copy what is worth it to the folder that is carried away, while there is room."""
     kept = folder / "keep"
-    files = {}
+    weights = folder / "runs" / job.name / "student.pt"
     if job.kind == "run":
         for name in ("log.jsonl", "samples.png"):
-            files[kept / f"{job.name}.{name.split('.')[-1]}"] = folder / "runs" / job.name / name
-        weights = folder / "runs" / job.name / "student.pt"
-    else:
+            if (source := weights.with_name(name)).exists():
+                shutil.copy(source, kept / f"{job.name}{source.suffix}")
+    elif job.kind == "teacher":
         weights = Path(job.command.split()[-1])
-    for to, source in files.items():
-        if source.exists():
-            shutil.copy(source, to)
-    if job.kind in ("run", "teacher") and weights.exists():
-        content = read_classifier(weights)
-        content["weights"] = {name: value.bfloat16() if value.is_floating_point() else value
-                              for name, value in content["weights"].items()}
-        to = kept / f"{job.name}.pt"
-        write(content, to)
-        if sum(file.stat().st_size for file in kept.iterdir()) > MOST_MB * 2 ** 20:
-            to.unlink()
-            print(f"{to.name} would not fit into {MOST_MB} MB and stays in {weights}", flush=True)
+    if not weights.exists():
+        return
+    content = read_classifier(weights)
+    content["weights"] = {name: value.bfloat16() if value.is_floating_point() else value
+                          for name, value in content["weights"].items()}
+    to = kept / f"{job.name}.pt"
+    write(content, to)
+    if sum(file.stat().st_size for file in kept.iterdir()) > MOST_MB * 2 ** 20:
+        to.unlink()
+        print(f"{to.name} would not fit into {MOST_MB} MB and stays in {weights}", flush=True)
 
 
 def go(job, folder, pack, left):
     """Run a job for `left` seconds at most.   -> whether it ended"""
     words = job.command.split()
-    if pack and job.kind != "once" and "mnist" not in job.name:
+    if pack and job.kind != "once" and job.dataset == "cifar10":
         words = ["benchmarks/pack_data.py", pack, "--run", *words]
     output = folder / f"{job.name}.out"
     with open(output, "a") as file:
@@ -233,9 +233,9 @@ def main(argv=None):
     for job in listed:
         if done(job, folder) or left() < 1:
             continue
-        needs = [other for other in listed if other.kind == "teacher" and other.networks[0] in job.networks[:1]]
-        if job.kind == "run" and any(not done(other, folder) for other in needs):
-            continue
+        if job.kind == "run" and any(other.kind == "teacher" and other.networks[0] == job.networks[0]
+                                     and done(other, folder) != "done" for other in listed):
+            continue                                           # its teacher is not there yet
         seconds = seconds_of(job, device, speeds)
         if seconds and seconds > left():
             too_long.append((job, seconds))

@@ -1,11 +1,12 @@
 """CIFAR-10 in one small file, for machines without a network.
 
-    python benchmarks/pack_data.py cifar10.zip                                   # data/ -> cifar10.zip
-    python benchmarks/pack_data.py cifar10.zip --run csd.py --teacher resnet34   # a script that reads the file
+    python benchmarks/pack_data.py cifar10.zip                                  # data/ -> cifar10.zip
+    python benchmarks/pack_data.py cifar10.zip --run csd.py --teacher resnet34  # a script that reads it
 
-The test images are lossless (WebP). The training images are JPEG of quality 95 without subsampling, about a
-third of their size; a number that was made with them must say so, and the script's first line does. The images
-lie in sheets of 1,000, forty to a row: JPEG's blocks of 8x8 pixels never cross the border of an image.
+The test images are lossless (WebP). The training images are JPEG of quality 95 without subsampling, about
+a third of their size; a number that was made with them must say so, and the first line that is printed
+does. The images lie in sheets of 1,000, forty to a row: JPEG's blocks of 8x8 pixels never cross the
+border of an image.
 """
 import contextlib
 import io
@@ -52,7 +53,7 @@ def pack(path, data_dir):
 
 
 def unpack(path, train):
-    """-> pixels (N, 3, 32, 32) uint8, labels (N,). Raises BadInput for a file that is not there, or damaged."""
+    """-> pixels (N, 3, 32, 32) uint8, labels (N,). Raises BadInput for a file missing or damaged."""
     part = "train" if train else "test"
     try:
         with zipfile.ZipFile(path) as file:

@@ -1,13 +1,13 @@
 """All runs of a comparison, one after another: one teacher, one budget, several seeds.
 
-    python benchmarks/race.py cifar10                     # every row, seed 0 of all first, then the other seeds
-    python benchmarks/race.py cifar10 --only csd cudfkd   # some rows
-    python benchmarks/race.py cifar10 --list              # what is finished, what is begun, what is still to do
+    python benchmarks/race.py cifar10                    # seed 0 of every row first, then the other seeds
+    python benchmarks/race.py cifar10 --only csd cudfkd  # some rows
+    python benchmarks/race.py cifar10 --list             # what is finished, begun, still to do
 
-A run that stands in the logs of results/ is skipped. One that was killed goes on from its last epoch: call
-the same command again. A run that ends is added to results/METHOD-race-NAME.jsonl; that file is to be
-committed, and `python benchmarks/table.py --write` puts it into the tables. The rows and their commands are
-the table RACES below; the protocol is in benchmarks/README.md.
+A run that stands in the logs of results/ is skipped. One that was killed goes on from its last epoch:
+call the same command again. A run that ends is added to results/METHOD-race-NAME.jsonl; that file is to
+be committed, and `python benchmarks/table.py --write` puts it into the tables. The rows and their
+commands are the table RACES below; the protocol is in benchmarks/README.md.
 """
 import json
 import subprocess
@@ -19,9 +19,9 @@ import table
 from common import BadInput, Parser, command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR10 = "--preset cifar10-cpu --teacher benchmarks/teachers/cifar10-val_wrn16_2.pt"
+CIFAR10 = "--teacher benchmarks/teachers/cifar10-val_wrn16_2.pt --preset cifar10-cpu"
 REAL = f"regulated_kd.py {CIFAR10} --plain-teacher"
-PICTURES = f"surrogate_kd.py {CIFAR10} --surrogate"
+PICTURES = f"surrogate_kd.py {CIFAR10}"
 RACES = {   # {race: {row: command}}; --seed and --out are added
     "cifar10": {
         "csd": f"csd.py {CIFAR10}",
@@ -29,9 +29,9 @@ RACES = {   # {race: {row: command}}; --seed and --out are added
         "deepinversion": f"deepinversion.py {CIFAR10}",
         "dafl": f"dafl.py {CIFAR10}",
         "rdskd": f"rdskd.py {CIFAR10}",
-        "surrogate-cifar100": f"{PICTURES} folder:data/cifar100-jpeg",       # CIFAR-100's images, as JPEG files
-        "surrogate-leaves": f"{PICTURES} leaves",
-        "surrogate-noise": f"{PICTURES} noise",
+        "surrogate-cifar100": f"{PICTURES}-real --surrogate folder:data/cifar100-jpeg",       # as JPEG files
+        "surrogate-leaves": f"{PICTURES} --surrogate leaves",
+        "surrogate-noise": f"{PICTURES} --surrogate noise",
         "real-kd": f"{REAL} --mode kd",
         "real-regulated": f"{REAL} --mode regulated",
         "real-labels": f"{REAL} --mode ce",

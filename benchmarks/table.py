@@ -220,7 +220,7 @@ def measured(measurements, variants, shared, cells):
     """One row for all repeats.   shared: head -> name in the log   cells: head -> name, digits, factor"""
     found = {}
     for row in measurements:
-        if row["variant"] in variants:
+        if row["variant"].startswith(variants):
             key = *(row.get(name, "-") for name in shared.values()), made_at([row])
             found.setdefault(key, []).append(row)
     for key, rows in found.items():
@@ -236,11 +236,12 @@ def measured(measurements, variants, shared, cells):
 
 MEASUREMENTS = {
     "Throughput": (
-        ("authors", "here"),
+        ("authors", "here", "without "),
         {"steps of": "method", "batch": "batch_size", "order of work": "variant", "precision": "precision",
          "machine": "device", "ceiling": "ceiling"},
         {**{f"{phase}: {head}": (f"{phase}.{name}", digits, 1) for phase in ("synthesis", "distillation")
-            for head, name, digits in (("seconds", "seconds", 2), ("of the ceiling", "fraction", 2),
+            for head, name, digits in (("seconds", "seconds", 2), ("of the authors' time", "of_authors", 2),
+                                       ("of the ceiling", "fraction", 2),
                                        ("GFLOP done", "gflop_done", 1), ("GFLOP needed", "gflop", 1))},
          "ceiling, GFLOP/s": ("ceiling_gflops", 0, 1)}),
     "regulated_kd beside plain distillation, in one process": (
@@ -267,7 +268,7 @@ def any_teacher_table(measurements):
 
 
 def race_tables(groups, measurements):
-    """-> {title: rows}: the runs of benchmarks/race.py by data set, and the trials by which settings were chosen.
+    """-> {title: rows}: the runs of benchmarks/race.py by data set, and the trials that chose their settings.
 
     These groups leave `groups`, so that no other table shows them.
     """
@@ -282,9 +283,9 @@ def race_tables(groups, measurements):
             trials.append({**line, "preset": group.preset, "of the validation images": f"**{of_end(runs)}**",
                            "epochs": len(epochs), "seconds": seconds(runs), **origin(runs)})
             continue
-        changed = {name: value for name, value in start["changed"].items()}
-        pflop = costs.get((group.method, group.preset, json.dumps(changed, sort_keys=True)))
-        races.setdefault(arguments["dataset"], []).append((-mean(run[-1]["student_acc_last"] for run in runs), {
+        pflop = costs.get((group.method, group.preset, json.dumps(start["changed"], sort_keys=True)))
+        score = mean(run[-1]["student_acc_last"] for run in runs)
+        races.setdefault(arguments["dataset"], []).append((-score, {
             **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
             "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
             "agreement with the teacher": of_end(runs, "agreement"), "calibration error": of_end(runs, "ece"),
@@ -299,8 +300,9 @@ def costs_table(measurements):
     """What a preset costs on paper: hours at so many TFLOP/s that are really reached."""
     for row in measurements:
         if row["variant"] == "cost" and not row["changed"]:
-            yield {"method, preset": f"{row['method']}, {row['preset']}", "teacher → student": row["networks"],
-                   "PFLOP": f"{row['pflop']:.3g}", "teacher queries, million": f"{row['queries'] / 1e6:.2f}",
+            yield {"method, preset": f"{row['method']}, {row['preset']}",
+                   "teacher → student": row["networks"], "PFLOP": f"{row['pflop']:.3g}",
+                   "teacher queries, million": f"{row['queries'] / 1e6:.2f}",
                    "memory of a step in fp32, GB": f"{row['memory_gb']:.1f}",
                    **{f"hours at {speed} TFLOP/s": f"{row['pflop'] * 1000 / speed / 3600:.2g}"
                       for speed in (20, 80, 160)}}

@@ -303,7 +303,7 @@ def cudfkd_authors(watch, teacher, student, data, settings):
                     F.kl_div(student_logits.log_softmax(1), teacher_logits.softmax(1), reduction="sum")
 
 
-# --------------------------------------------------------------------------- ours, with one measure switched off
+# ------------------------------------------------------------------------ ours, with one measure switched off
 @contextlib.contextmanager
 def only_in_eval_mode(*models):
     """What `frozen` does, but for the weight gradients."""
@@ -457,8 +457,8 @@ def measure(options):
         for phase, done in gflop(method, variant, images, device).items():
             times, seconds = found[phase], statistics.median(found[phase])
             ratios = [mine / theirs for mine, theirs in zip(times, laps["authors"][phase])]
-            row[phase] = dict(seconds=round(seconds, 4), least=round(min(times), 4), most=round(max(times), 4),
-                              of_authors=round(statistics.median(ratios), 3),
+            row[phase] = dict(seconds=round(seconds, 4), least=round(min(times), 4),
+                              most=round(max(times), 4), of_authors=round(statistics.median(ratios), 3),
                               fraction=round(needed[phase] / seconds / ceiling, 3),
                               gflop_done=round(done, 1), gflop=round(needed[phase], 1))
             shown = ", ".join(f"{key} {value}" for key, value in row[phase].items())

@@ -1,20 +1,28 @@
-"""benchmarks/: the rival zskd.py, what throughput.py counts, every script at a tiny size."""
+"""benchmarks/: the rival zskd.py, what throughput.py and costs.py count, every script at a tiny size."""
+import json
+import shlex
+
 import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import any_teacher
+import costs
+import gpu
+import pack_data
 import pictures
+import race
 import regulated_saving
 import sampling_picture
 import stranger
 import surrogate_sets
 import throughput
 import zskd
-from conftest import (METHODS, ROOT, TINY, common, cudfkd, deepinversion, regulated_kd, surrogate_kd,
+from conftest import (METHODS, ROOT, TINY, common, cudfkd, dafl, deepinversion, regulated_kd, surrogate_kd,
                       tiny_args, tiny_networks, tiny_settings)
 from helpers import D, equal, near, refused, rows_of, weights_of
+from test_methods import each
 
 TINY[zskd] = dict(epochs=2, batch_size=8, impressions=20, synthesis_batch_size=8, synthesis_steps=3)
 
@@ -60,6 +68,21 @@ def test_zskds_script_and_its_pool(teacher_file, capsys):
     assert one[-2]["teacher_queries"] == two[-2]["teacher_queries"] == 3 * 20 + 2 * 20
 
 
+def saved_by_upsampling(module, shape, forward_only):
+    """GFLOP of two images: what a generator takes more when it enlarges its maps first."""
+    if not hasattr(module, "Generator"):
+        return 0
+    counts, length = [], module.PRESETS["mnist" if shape[0] == 1 else "cifar10"].latent_dim
+    for build in (lambda *args: throughput.theirs(module.Generator, torch.nn.Linear(1, 1), *args),
+                  module.Generator):
+        with FlopCounterMode(display=False) as mode:
+            images = build(length, shape)(torch.randn(2, length))
+            forward = mode.get_total_flops()
+            images.sum().backward()
+        counts.append(mode.get_total_flops() + forward_only * forward)
+    return (counts[0] - counts[1]) / 1e9
+
+
 # `wasted`: passes whose weight gradients nobody reads, in the first phase; csd: and its head's
 @pytest.mark.parametrize("name, wasted", [*zip(throughput.METHODS, (5, 1, 1, 1, 1, 2))])
 def test_throughput_times_both_orders_of_work_and_counts_them(name, wasted, in_tmp, monkeypatch):
@@ -75,7 +98,107 @@ def test_throughput_times_both_orders_of_work_and_counts_them(name, wasted, in_t
     with FlopCounterMode(display=False) as mode, torch.no_grad():
         common.build_model(network, 10, shape).eval()(torch.zeros(2, *shape))
     wasted *= mode.get_total_flops() / 1e9         # weight gradients take as much as the forward pass
+    wasted += saved_by_upsampling(method.module, shape, forward_only=10 if name == "cudfkd" else 0)
     assert authors - here == pytest.approx(wasted, rel=1e-3 if name == "csd" else 1e-6)
+
+
+@each([method for method in METHODS if method is not regulated_kd])
+def test_costs_are_those_of_a_real_run(method, teacher_file, in_tmp):
+    """The teacher queries to the last image, the FLOPs but for those of probes on blank images."""
+    args = [*tiny_args(method, teacher_file), "--eval-every", "2"]
+    with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as mode:
+        patch.setattr(common, "predict", lambda model, images, data: torch.zeros(len(images.labels), 10))
+        patch.setattr(surrogate_kd, "inspect_surrogate", lambda *args: dict(
+            relative_entropy=1.0, relative_entropy_augmented=1.0, confidence=1.0, feature_spread=1.0,
+            class_share=[0.1] * 10))
+        method.main([*args, "--out", "out", *["--no-ramp", "--adversarial-start", "1"] * (method is cudfkd)])
+    row = costs.cost(shlex.join([f"{method.__name__}.py", *args]))
+    assert row["queries"] == rows_of("out")[-1]["teacher_queries"] > 0
+    assert row["pflop"] * 1e15 == pytest.approx(mode.get_total_flops(), rel=0.1)
+    assert row["memory_gb"] >= 0 and set(row["phases"]) <= {"bank", "pool", "synthesis", "distillation"}
+
+
+def test_a_commands_cost_is_refused_as_the_script_refuses_it(in_tmp, capsys):
+    assert "choose from" in refused(costs, ["csd.py --preset nothing"], capsys)
+    assert "none of csd.py" in refused(costs, ["ls"], capsys)
+    costs.main(["dafl.py --preset mnist", "--log", "log.jsonl"])
+    assert rows_of(".")[0]["queries"] == 200 * 120 * 512       # 24,000 steps of 512 images
+
+
+def test_a_pack_keeps_the_test_images_as_they_are(in_tmp, monkeypatch, capsys):
+    with common.seeded(0):
+        smooth = torch.nn.functional.interpolate(torch.rand(2000, 3, 4, 4), (32, 32), mode="bilinear")
+    found = common.ImageSet((255 * smooth).to(torch.uint8), torch.arange(2000) % 10)
+    monkeypatch.setattr(pack_data, "load_dataset", lambda name, train, folder: (found, None))
+    pack_data.main(["small.zip"])
+    pixels, labels = pack_data.unpack("small.zip", train=False)
+    assert torch.equal(pixels, found.pixels) and torch.equal(labels, found.labels)
+    pixels, labels = pack_data.unpack("small.zip", train=True)
+    assert torch.equal(labels, found.labels) and (pixels.float() - found.pixels).abs().mean() < 2
+    assert "is there already" in refused(pack_data, ["small.zip"], capsys)
+    (in_tmp / "broken.zip").write_bytes((in_tmp / "small.zip").read_bytes()[:9000])
+    for name in ("broken.zip", "missing.zip"):
+        assert f"{name} is no pack" in refused(pack_data, [name, "--run", "csd.py"], capsys)
+    before = common._read_torchvision                          # a script's own refusal comes through
+    command = ["small.zip", "--run", "dafl.py", "--teacher", "nothing"]
+    assert "model nothing" in refused(pack_data, command, capsys)
+    assert common._read_torchvision is before
+    assert "CIFAR-10 alone" in refused(pack_data, ["small.zip", "--run", "common.py", "--model", "lenet5",
+                                                   "--dataset", "mnist"], capsys)
+
+
+def test_a_race_skips_what_is_logged_and_logs_what_has_ended(teacher_file, in_tmp, monkeypatch, capsys):
+    (in_tmp / "results").mkdir()
+    monkeypatch.setattr(race, "ROOT", in_tmp)
+    monkeypatch.setattr(race.table, "RESULTS", in_tmp / "results")
+    read = race.table.read
+    monkeypatch.setattr(race.table, "read", lambda: read(in_tmp / "results"))
+    command = shlex.join([str(ROOT / "dafl.py"), *tiny_args(dafl, teacher_file)])
+    monkeypatch.setattr(race, "RACES", {"toy": {"a": command, "b": command}})
+    race.main(["toy", "--seeds", "0", "--only", "a"])
+    dafl.main([*tiny_args(dafl, teacher_file), "--out", "runs/race-toy/b-seed0"])    # ended, but not logged
+    race.main(["toy", "--seeds", "0"])
+    capsys.readouterr()
+    race.main(["toy", "--seeds", "0", "--list"])
+    assert capsys.readouterr().out.count("finished") == 2
+    logged = [json.loads(line) for line in (in_tmp / "results/dafl-race-toy.jsonl").read_text().splitlines()]
+    events = [row["event"] for row in logged if row["event"] != "collapse"]
+    assert events == 2 * ["start", "epoch", "epoch", "end"]
+    assert "has no row c" in refused(race, ["toy", "--only", "c"], capsys)
+
+
+def test_gpu_refuses_in_a_sentence_and_lists_its_jobs(in_tmp, capsys):
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in refused(gpu, [], capsys)
+    assert "no pack none.zip" in refused(gpu, ["--rehearse", "--pack", "none.zip"], capsys)
+    (in_tmp / "gpu").mkdir()
+    (in_tmp / "gpu" / "what.json").write_text('{"rehearse": false, "pack": false}')
+    assert "gpu was made with rehearse = False" in refused(gpu, ["--rehearse"], capsys)
+    gpu.main(["--list"])
+    listed = capsys.readouterr().out
+    assert listed.count("to do") == len(gpu.jobs(in_tmp, False)) > 40 and "resnet34-full" in listed
+    for job in gpu.jobs(in_tmp, False):                        # the scripts take every command
+        if job.kind == "run":
+            words = job.command.split()
+            del words[words.index("--out"):]
+            if "--teacher" in words:
+                words[words.index("--teacher") + 1] = job.networks[0]
+            _, options, *_ = costs.planned(" ".join(words).replace("--precision bf16", ""))
+            assert (options.teacher, options.student) == job.networks
+
+
+@pytest.mark.slow
+def test_gpus_list_from_start_to_end_on_a_cpu_in_two_parts(in_tmp, capfd):
+    gpu.main(["--rehearse", "--minutes", "0.3"])
+    assert "the same command goes on" in capfd.readouterr().out
+    gpu.main(["--rehearse", "--minutes", "15"])
+    printed = capfd.readouterr().out.splitlines()
+    names = [job.name for job in gpu.jobs(in_tmp, True)]
+    assert [line.split() for line in printed[-len(names):]] == [["done", name] for name in names]
+    kept = {path.name for path in (in_tmp / "gpu" / "keep").iterdir()}
+    assert {"csd-wrn10_1-short.jsonl", "csd-wrn10_1-short.pt", "teacher-wrn10_1.pt", "tests.txt"} <= kept
+    weights = common.read_classifier("gpu/keep/csd-wrn10_1-short.pt")["weights"]
+    assert weights["conv1.weight"].dtype == torch.bfloat16 and "csd-wrn10_1-short: about" in "".join(printed)
 
 
 def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys):

@@ -121,7 +121,7 @@ def test_an_upsampled_convolution_is_the_two_layers_in_one(bias, in_float64):
     two = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, padding=1, bias=bias))
     two[1].load_state_dict(one.state_dict())
     weights = torch.randn(2, 5, 8, 12)
-    found, wanted = ([network(x), *torch.autograd.grad((weights * network(x)).sum(), [x, *network.parameters()])]
+    found, wanted = ([network(x), *torch.autograd.grad(network(x), [x, *network.parameters()], weights)]
                      for network in (one, two))
     for mine, theirs in zip(found, wanted, strict=True):
         near(mine, theirs)

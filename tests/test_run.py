@@ -374,7 +374,7 @@ def test_ctrl_c_says_how_to_go_on(moment, teacher_file, in_tmp, capsys, monkeypa
             signal.raise_signal(signal.SIGINT)
         save(self, *args)
     args = tiny_args(csd, "wrn10_1" if moment == "teacher" else teacher_file)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background job ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # background jobs ignore it
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(common.Checkpoint, "save", interrupted)
         csd.main(args)
