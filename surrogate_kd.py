@@ -124,9 +124,10 @@ PRESETS = {   # a real surrogate takes DATASET-real where there is one, unless -
     "cifar10": SYNTHETIC,
     "cifar10-real": REAL,
     "cifar10-short": replace(SYNTHETIC, epochs=60),                          # [inferred]
-    # [inferred] for the race in benchmarks/: as many steps as 40 minutes of two cores allow
+    # [inferred] for the races in benchmarks/: as many steps as 40 or 20 minutes of two cores allow
     "cifar10-cpu": replace(SYNTHETIC, epochs=40, batch_size=128, pool_images=20_000),
     "cifar10-cpu-real": replace(REAL, epochs=16, batch_size=128),
+    "mnist-cpu": replace(MNIST, epochs=60),
     "cifar100": SYNTHETIC,
     "cifar100-real": replace(REAL, surrogate="cifar10"),
     "mnist": MNIST,

@@ -1,15 +1,16 @@
-"""What every preset costs, before anyone runs it: FLOPs, teacher queries, memory, hours on a card.
+"""What every preset costs, before anyone runs it: FLOPs, teacher queries, memory.
 
     python benchmarks/costs.py                                     # every preset of every method
     python benchmarks/costs.py "csd.py --preset cifar10-short"     # some command
     python benchmarks/costs.py --log benchmarks/results/costs.jsonl
 
-One step of each phase runs on a CPU with 4 images. PyTorch's FlopCounterMode counts its FLOPs
-(convolutions and matrix products, forward and backward). Autograd's saved tensors tell how much memory
-the step holds until its backward pass. Both are proportional to the images of a step; steps and images
-are the preset's. Not counted: the teacher's own training, the scoring, and the drawing of surrogate_kd's
-pictures. surrogate_kd's pool counts as if it needed all draws that --pool-budget allows, regulated_kd as
-if every image took part.
+One step of each phase runs on a CPU, with 4 images and with 8. PyTorch's FlopCounterMode counts its FLOPs
+(convolutions and matrix products, forward and backward), and autograd's saved tensors tell how much
+memory the step holds until its backward pass. Both grow in a line with the images of a step; steps and
+images are the preset's. Not counted: the teacher's own training (also a self-regulated one), scoring,
+boundary attacks, the drawing of surrogate_kd's pictures, and the generator's weights in the memory.
+Counted in full: all draws that surrogate_kd's --pool-budget allows, CuDFKD's adversarial term from the
+start, and a student's step of plain distillation on every image of regulated_kd.
 """
 import contextlib
 import itertools
@@ -30,20 +31,20 @@ import cudfkd
 import dafl
 import deepinversion
 import rdskd
+import race
 import regulated_kd
 import surrogate_kd
-import table
-from common import (BadInput, DataSpec, ImageSet, Parser, build_model, command_line, frozen,
+from common import (VALIDATION, BadInput, DataSpec, ImageSet, Parser, build_model, command_line, frozen,
                     is_file_name, read_classifier, seeded)
 
-IMAGES = 4                             # of a counted step
+FEW, MORE = 4, 8                       # images of a counted step
 MODULES = (csd, cudfkd, dafl, deepinversion, rdskd, regulated_kd, surrogate_kd)
 SETS = {"tiny-imagenet": DataSpec((3, 64, 64), 200, (0.5,) * 3, (0.5,) * 3, 8, True)}
 TRAINING_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257}    # else 60,000
-ONE_STEP = dict(epochs=1, batch_size=IMAGES, synthesis_batch_size=IMAGES, student_steps=1, round_steps=1,
-                synthesis_steps=1, low_resolution_steps=0, generator_epochs=1, generator_steps=1,
-                bank_rounds=1, bank_synthesis_steps=1, initial_batches=1, pool_batches=2, ramp=False,
-                adversarial_start=1.0, mode="kd", plain_teacher=True, queue=False)
+ONE_STEP = dict(epochs=1, student_steps=1, round_steps=1, synthesis_steps=1, low_resolution_steps=0,
+                generator_epochs=1, generator_steps=1, bank_rounds=1, bank_synthesis_steps=1,
+                initial_batches=1, pool_batches=2, ramp=False, adversarial_start=1.0, mode="kd",
+                plain_teacher=True, queue=False)
 
 
 class Planned(Exception):
@@ -55,7 +56,7 @@ def planned(command):
 
     Raises BadInput as the script does.
     """
-    script, *argv = shlex.split(command)
+    script, *argv = shlex.split(command) if isinstance(command, str) else command
     module = {f"{module.__name__}.py": module for module in MODULES}.get(script)
     if not module:
         raise BadInput(f"'{script}' is none of {', '.join(module.__name__ + '.py' for module in MODULES)}")
@@ -74,7 +75,7 @@ def planned(command):
 
 
 def phases_of(module, settings, images):
-    """{phase: (steps, images a step)}; a step of the full size.   images: of a real set or a pool"""
+    """{phase: (steps, images a step)}.   images: of a real set or a pool"""
     s = settings
     if module is csd:
         return {"bank": (s.bank_rounds * s.bank_synthesis_steps, s.synthesis_batch_size),
@@ -82,7 +83,7 @@ def phases_of(module, settings, images):
                 "distillation": (s.epochs * s.student_steps, s.batch_size)}
     if module is deepinversion:
         adaptive = min(s.epochs, max(0, s.pool_batches - s.initial_batches))
-        steps = s.synthesis_steps + s.low_resolution_steps / 4               # a quarter of the pixels
+        steps = s.synthesis_steps + s.low_resolution_steps
         return {"bank": (s.initial_batches * steps, s.synthesis_batch_size),
                 "synthesis": (adaptive * steps, s.synthesis_batch_size),
                 "distillation": (s.epochs * s.student_steps, s.batch_size)}
@@ -104,7 +105,7 @@ def phases_of(module, settings, images):
 class Meter:
     """Stands in the place of a module's `steps`: one step of each phase, with what it took."""
     def __init__(self, counter, teacher):
-        self.counter, self.teacher, self.found, self.asked = counter, teacher, {}, 0
+        self.counter, self.found, self.asked = counter, {}, 0
         teacher.register_forward_pre_hook(lambda module, inputs: self.ask(len(inputs[0])))
 
     def ask(self, images):
@@ -120,16 +121,14 @@ class Meter:
         def keep(tensor):
             kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
-        weights = {id(weight) for weight in self.teacher.parameters()}
         began = getattr(self, "ended", None) or self.now()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
         self.ended = self.now()
         flops, asked = (after - before for before, after in zip(began, self.ended))
         held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()
-                   if not isinstance(tensor, torch.nn.Parameter) and id(tensor) not in weights)
-        self.found[name] = dict(gflop=flops / IMAGES / 1e9, queries=asked / IMAGES,
-                                mb=held / IMAGES / 2 ** 20)
+                   if not isinstance(tensor, torch.nn.Parameter))
+        self.found[name] = dict(gflop=flops / 1e9, queries=asked, mb=held / 2 ** 20)
 
     def steps(self, total, name, order=None):
         for step in itertools.islice(order or itertools.count(), 1):
@@ -137,12 +136,12 @@ class Meter:
                 yield step
 
 
-def step_costs(module, settings, data, names):
-    """-> {phase: GFLOP, teacher queries and MB of an image in one step}; weights of teacher and student"""
-    known = {name: value for name, value in ONE_STEP.items() if hasattr(settings, name)}
-    tiny, found = replace(settings, **known), {}
-    pixels = torch.randint(256, (IMAGES, *data.image_shape), dtype=torch.uint8)
-    labels = torch.arange(IMAGES) % data.num_classes
+def step_costs(module, settings, data, names, images):
+    """-> {phase: GFLOP, teacher queries and MB of one step with so many images}; weights of both networks"""
+    few = dict(ONE_STEP, batch_size=images, synthesis_batch_size=images)
+    tiny = replace(settings, **{name: value for name, value in few.items() if hasattr(settings, name)})
+    pixels, found = torch.randint(256, (images, *data.image_shape), dtype=torch.uint8), {}
+    labels = torch.arange(images) % data.num_classes
     with FlopCounterMode(display=False) as counter, seeded(0):
         teacher, student = (build_model(name, data.num_classes, data.image_shape) for name in names)
         teacher.eval()
@@ -156,7 +155,7 @@ def step_costs(module, settings, data, names):
                 deepinversion.synthesize(teacher, data, tiny)
                 found["bank"], meter.ended = meter.found["synthesis"], None
                 deepinversion.distill(teacher, student, data, tiny, pool=(
-                    torch.zeros(IMAGES, *data.image_shape, dtype=torch.float16), labels))
+                    torch.zeros(images, *data.image_shape, dtype=torch.float16), labels))
             elif module is regulated_kd:
                 regulated_kd.distill(teacher, student, data, tiny, train=ImageSet(pixels, labels),
                                      counts=None)
@@ -164,7 +163,7 @@ def step_costs(module, settings, data, names):
                 surrogate_kd.distill(teacher, student, data, tiny, surrogate=pixels, pseudo_labels=labels)
                 meter.ended = None
                 with meter.phase("pool"), torch.no_grad(), frozen(teacher):
-                    teacher(torch.zeros(IMAGES, *data.image_shape))
+                    teacher(torch.zeros(images, *data.image_shape))
             else:
                 module.distill(teacher, student, data, tiny)
     weights = [sum(weight.numel() for weight in network.parameters()) for network in (teacher, student)]
@@ -174,8 +173,8 @@ def step_costs(module, settings, data, names):
 def training_gflop(name, image_shape, classes=10):
     """GFLOP of one image's forward and backward pass in a network's training"""
     with FlopCounterMode(display=False) as counter, seeded(0):
-        build_model(name, classes, image_shape)(torch.randn(IMAGES, *image_shape)).sum().backward()
-    return counter.get_total_flops() / IMAGES / 1e9
+        build_model(name, classes, image_shape)(torch.randn(FEW, *image_shape)).sum().backward()
+    return counter.get_total_flops() / FEW / 1e9
 
 
 def cost(command):
@@ -183,20 +182,29 @@ def cost(command):
     module, options, settings, data = planned(command)
     file = read_classifier(options.teacher) if is_file_name(options.teacher) else {}
     names = file.get("arch", options.teacher), options.student
-    images = TRAINING_IMAGES.get(options.dataset, 60_000)
+    images = TRAINING_IMAGES.get(options.dataset.removesuffix("-val"), 60_000)
+    images -= VALIDATION * options.dataset.endswith("-val")
     phases = phases_of(module, settings, getattr(settings, "pool_images", images))
-    each, (teacher, student) = step_costs(module, settings, data, names)
+    few, weights = step_costs(module, settings, data, names, FEW)
+    more, _ = step_costs(module, settings, data, names, MORE)
     row = dict(variant="cost", method=module.__name__, preset=options.preset, dataset=options.dataset,
-               changed=options.changed, networks=f"{options.teacher} → {options.student}", phases={})
+               changed=options.changed, networks=f"{options.teacher} → {options.student}", phases={},
+               pflop=0.0, queries=0, memory_gb=0.0)
     for phase, (steps, size) in phases.items():
         if steps:
-            row["phases"][phase] = dict(steps=round(steps), images=size,
-                                        gflop_a_step=round(each[phase]["gflop"] * size, 2))
-    row["pflop"] = sum(each[phase]["gflop"] * steps * size for phase, (steps, size) in phases.items()) / 1e6
-    row["queries"] = round(sum(each[phase]["queries"] * steps * size
-                               for phase, (steps, size) in phases.items()))
-    held = max(each[phase]["mb"] * size for phase, (steps, size) in phases.items() if steps)
-    row["memory_gb"] = round((held + (teacher + 3 * student) * 4 / 2 ** 20) / 1024, 2)
+            each = {name: (more[phase][name] - few[phase][name]) / (MORE - FEW) for name in few[phase]}
+            full = steps                                       # a step at half the side is a quarter
+            if module is deepinversion and phase != "distillation":
+                low = settings.low_resolution_steps
+                full *= (settings.synthesis_steps + low / 4) / (settings.synthesis_steps + low)
+            row["phases"][phase] = dict(steps=steps, images=size, gflop_a_step=round(each["gflop"] * size, 2))
+            row["pflop"] += each["gflop"] * full * size / 1e6
+            row["queries"] += round(each["queries"] * steps * size)
+            held = few[phase]["mb"] + each["mb"] * (size - FEW)
+            row["memory_gb"] = max(row["memory_gb"], round(
+                (held + (weights[0] + 3 * weights[1]) * 4 / 2 ** 20) / 1024, 2))
+    if module is regulated_kd and not data.crop and not data.flip:           # asked once for all epochs
+        row["queries"] += images
     return row
 
 
@@ -207,6 +215,9 @@ def main(argv=None):
     parser.add_argument("--log", help="write the rows to this file, anew")
     options = parser.parse_args(argv)
     every = [f"{module.__name__}.py --preset {preset}" for module in MODULES for preset in module.PRESETS]
+    for name, rows in race.RACES.items():                      # whose flags leave their preset
+        every += [f"{row} --teacher {race.TEACHERS[name][1]}" for row in rows.values()
+                  if len(row.split()) > 3 and "zskd" not in row]
     rows = []
     for command in options.commands or every:
         rows.append(cost(command))

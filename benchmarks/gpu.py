@@ -1,18 +1,23 @@
 """All that is to be measured on a CUDA machine, in order of worth, within some minutes.
 
     python benchmarks/gpu.py --minutes 30                      # data from data/, downloaded if not there
-    python benchmarks/gpu.py --minutes 30 --pack cifar10.zip   # data from a file of benchmarks/pack_data.py
+    python benchmarks/gpu.py --minutes 30 --pack cifar10.zip   # CIFAR-10 from a file of pack_data.py
     python benchmarks/gpu.py --list                            # what is done and what is to come
     python benchmarks/gpu.py --rehearse --minutes 30           # the whole list on a CPU, at a tiny size
 
-The same command goes on where the last call ended, however that was. Before each job it says how
-long it will take: the job's FLOPs (benchmarks/costs.py) over the FLOPs a second of ten training steps
-of its networks, here and now. Jobs that fit into the minutes left come first; then the first one that
-does not gets the rest, and goes on next time. gpu/keep holds what is worth carrying away, at most
-60 MB: logs, pictures, output, and students and teachers in bf16, as long as there is room.
+The same command goes on where the last call ended. Before a training it says how long that will take: from
+the log if it was begun before, else the FLOPs that benchmarks/costs.py counts, over the FLOPs a second of ten
+training steps of the two networks, here and now. Trainings that fit into the minutes left come first; then
+those that do not get the rest, and go on next time. A job that fails does not hold up the others, and is
+tried again by the next call.
+
+gpu/keep holds what is worth carrying away, at most 60 MB: logs, pictures, the output of tests and
+measurements; then students and teachers in bf16, as long as there is room.
 """
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,11 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import costs
+import race
 from common import (DATASETS, BadInput, Parser, build_model, command_line, device_name, in_bf16, number_type,
                     read_classifier, require_same, write)
 
 MOST_MB = 60
 PAIRS = (("wrn40_2", "wrn16_1"), ("resnet34", "resnet18"))
+THREADS = "--threads 4"      # the same on every machine: a checkpoint of another number is refused
 # {method: flags of its short run on CIFAR-10}; the best value for the time first
 SHORT = {"cudfkd": "--preset cifar10-short", "surrogate_kd": "--preset cifar10-short",
          "csd": "--preset cifar10-short", "dafl": "--preset cifar10-short",
@@ -46,61 +53,74 @@ TINY = {"csd": "--student-steps 2 --synthesis-batch-size 10 --synthesis-steps 2 
 
 class Job(NamedTuple):
     name: str            # also of its folder or file
-    kind: str            # "once": no way to go on, its output is kept; "teacher", "run": goes on after a kill
-    command: str         # without python
+    kind: str            # "once": starts anew after a kill, its output is kept; "teacher", "run": go on
+    command: list        # without python
     networks: tuple = ()
     dataset: str = "cifar10"
 
 
-def jobs(folder, rehearse):
-    """-> the list, in order of worth"""
-    found = [Job("tests", "once", "-m pytest -q tests/test_tables.py" if rehearse else "-m pytest -q -n 2")]
-    for method in ("csd", "dafl", "rdskd", "deepinversion", "cudfkd"):
-        for precision in ("fp32",) if rehearse else ("fp32", "tf32", "bf16"):
-            flags = f"--method {method} --precision {precision} --log {folder}/keep/throughput.jsonl"
-            flags += " --laps 1 --batch-size 2" * rehearse
-            found.append(Job(f"throughput-{method}-{precision}", "once", f"benchmarks/throughput.py {flags}"))
-    pairs = (("wrn10_1", "wrn10_1"),) if rehearse else PAIRS
-    dataset, how = "cifar10", "--epochs 60 --precision bf16"
+def jobs(folder, rehearse, pack=""):
+    """-> the list, in order of worth.   folder: absolute"""
+    dataset, how, pairs, threads = "cifar10", "--precision bf16", PAIRS, THREADS
+    precisions, more, tests = ("fp32", "tf32", "bf16"), "", "-m pytest -q -n 2"
     if rehearse:
-        dataset, how = "digits", "--epochs 2 --threads 1"
-    for teacher, _ in pairs:
-        flags = f"--dataset {dataset} {how} --out {folder}/teachers/{dataset}_{teacher}.pt"
-        found.append(Job(f"teacher-{teacher}", "teacher", f"common.py --model {teacher} {flags}",
-                         (teacher, teacher), dataset))
+        dataset, how, pairs, threads = "digits", "", (("wrn10_1", "wrn10_1"),), "--threads 1"
+        precisions, more, tests = ("fp32",), "--laps 1 --batch-size 2", "-m pytest -q tests/test_tables.py"
+    found = [Job("tests", "once", tests.split())]
+
+    def add(name, kind, command, *rest):
+        found.append(Job(name, kind, [*shlex.split(f"{command} {threads}"), *rest[0]], *rest[1:]))
+    for method in ("dafl",) if rehearse else ("csd", "dafl", "rdskd", "deepinversion", "cudfkd"):
+        for precision in precisions:
+            add(f"throughput-{method}-{precision}", "once", f"benchmarks/throughput.py --method {method} "
+                f"--precision {precision} {more}", ["--log", f"{folder}/throughput.jsonl"])
+    files = {teacher: f"{folder}/teachers/{dataset}_{teacher}.pt" for teacher, _ in pairs}
+    for teacher, file in files.items():
+        epochs = 2 if rehearse else 60
+        add(f"teacher-{teacher}", "teacher", f"common.py --model {teacher} --dataset {dataset} --epochs {epochs} "
+            f"{how}", ["--out", file], (teacher, teacher), dataset)
+
+    def add_run(name, script, flags, networks, dataset, *more):
+        add(name, "run", f"{script}.py {flags} --student {networks[1]}", [
+            *more, *race.own_stage(script, f"{folder}/made/{name}.pt"), "--out", f"{folder}/runs/{name}",
+            "--resume"], networks, dataset)
     for length in ("short",) if rehearse else ("short", "full"):
-        for teacher, student in pairs:
-            for name in SHORT:
-                flags = SHORT[name] if length == "short" else ""
-                how = "--precision bf16 --eval-every 5"
+        for networks in pairs:
+            for script, flags in SHORT.items():
+                flags = f"{flags if length == 'short' else ''} {how} --eval-every 5"
                 if rehearse:
-                    flags, how = f"--preset digits --epochs 2 --batch-size 8 {TINY[name]}", "--threads 1"
-                flags += f" --teacher {folder}/teachers/{dataset}_{teacher}.pt --student {student} {how}"
-                found.append(Job(f"{name}-{teacher}-{length}", "run", f"{name}.py {flags}",
-                                 (teacher, student), dataset))
-    for name in () if rehearse else ("dafl", "rdskd", "cudfkd"):
+                    flags = f"--preset digits --epochs 2 --batch-size 8 {TINY[script]}"
+                add_run(f"{script}-{networks[0]}-{length}", script, flags, networks, dataset,
+                        "--teacher", files[networks[0]])
+    for script in () if rehearse or pack else ("dafl", "rdskd", "cudfkd"):         # a pack has no MNIST
         for seed in range(5):
-            found.append(Job(f"{name}-mnist-{seed}", "run", f"{name}.py --preset mnist --seed {seed}",
-                             ("lenet5", "lenet5_half"), "mnist"))
-    return [job._replace(command=f"{job.command} --out {folder}/runs/{job.name} --resume")
-            if job.kind == "run" else job for job in found]
+            add_run(f"{script}-mnist-{seed}", script, f"--preset mnist --seed {seed}",
+                    ("lenet5", "lenet5_half"), "mnist")
+    return found
+
+
+def rows_of(job, folder):
+    log = folder / "runs" / job.name / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def done(job, folder):
-    """'done', 'failed' or ''"""
-    if (folder / f"{job.name}.failed").exists():
-        return "failed"
-    if job.kind == "teacher":
-        return "done" if Path(job.command.split()[-1]).exists() else ""
     if job.kind == "once":
-        return "done" if (folder / "keep" / f"{job.name}.txt").exists() else ""
-    log = folder / "runs" / job.name / "log.jsonl"
-    return "done" if log.exists() and '"event": "end"' in log.read_text() else ""
+        return (folder / f"{job.name}.txt").exists()
+    if job.kind == "teacher":
+        return Path(job.command[job.command.index("--out") + 1]).exists()
+    return bool(rows := rows_of(job, folder)) and rows[-1]["event"] == "end"
+
+
+def state(job, folder):
+    begun = rows_of(job, folder) or (folder / f"{job.name}.out").exists()
+    return "done" if done(job, folder) else "failed" if (folder / f"{job.name}.failed").exists() else (
+        "begun" if begun else "to do")
 
 
 def flops_a_second(networks, device, image_shape, classes=10):
     """Of ten training steps of the student on the teacher's answers, after three that warm up."""
-    size, found = 256 if device.type == "cuda" else 8, []
+    size, seconds = 128 if device.type == "cuda" else 8, 0.0
     teacher, student = (build_model(name, classes, image_shape).to(device, memory_format=torch.channels_last)
                         for name in networks)
     if device.type == "cuda":
@@ -124,72 +144,88 @@ def flops_a_second(networks, device, image_shape, classes=10):
             step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found.append((time.perf_counter() - began) / count)
-    return counter.get_total_flops() / found[-1]
+        seconds = (time.perf_counter() - began) / count
+    del teacher, student, images, optimizer
+    if device.type == "cuda":
+        torch.cuda.empty_cache()                               # the job needs the memory
+    return counter.get_total_flops() / seconds
 
 
-def seconds_of(job, device, speeds):
-    """An estimate; None for tests and throughput."""
-    if job.kind == "once":
+def seconds_of(job, folder, device, speeds):
+    """An estimate of what is left; None where there is none: tests, throughput, MNIST's small networks."""
+    epochs = [row for row in rows_of(job, folder) if row["event"] == "epoch"]
+    words = [word for word in job.command if word != "--resume"]
+
+    def without(*flags):
+        return [word for place, word in enumerate(words) if word not in flags
+                and (place == 0 or words[place - 1] not in flags)]
+    if job.kind == "once" or (job.dataset == "mnist" and not epochs):
         return None
+    if epochs:
+        each = sum(value for key, value in epochs[-1].items() if key.startswith("seconds_"))
+        *_, settings, _ = costs.planned([*without("--out", "--teacher", "--precision"), "--teacher",
+                                         job.networks[0]])
+        return each * (settings.epochs - len(epochs))
     shape = DATASETS[job.dataset].image_shape
     if job.networks not in speeds:
         speeds[job.networks] = flops_a_second(job.networks, device, shape)
-    words = job.command.replace(" --resume", "").split()
-
-    def value_of(flag):
-        place = words.index(flag)
-        return words.pop(place + 1), words.pop(place)
     if job.kind == "teacher":
-        images = int(value_of("--epochs")[0]) * costs.TRAINING_IMAGES[job.dataset]
+        images = int(words[words.index("--epochs") + 1]) * costs.TRAINING_IMAGES[job.dataset]
         return images * costs.training_gflop(job.networks[0], shape) * 1e9 / speeds[job.networks]
-    for flag in {"--out", "--teacher", "--precision"} & {*words}:
-        value_of(flag)
-    return costs.cost(" ".join([*words, "--teacher", job.networks[0]]))["pflop"] * 1e15 / speeds[job.networks]
+    command = [*without("--out", "--teacher", "--precision"), "--teacher", job.networks[0]]
+    return costs.cost(command)["pflop"] * 1e15 / speeds[job.networks]
 
 
-def keep(job, folder):
-    """Copy what is worth it to the folder that is carried away, while there is room."""
+def keep(listed, folder):
+    """Make gpu/keep anew: logs, pictures and output of all jobs, then weights while there is room."""
     kept = folder / "keep"
-    weights = folder / "runs" / job.name / "student.pt"
-    if job.kind == "run":
-        for name in ("log.jsonl", "samples.png"):
-            if (source := weights.with_name(name)).exists():
-                shutil.copy(source, kept / f"{job.name}{source.suffix}")
-    elif job.kind == "teacher":
-        weights = Path(job.command.split()[-1])
-    if not weights.exists():
-        return
-    content = read_classifier(weights)
-    content["weights"] = {name: value.bfloat16() if value.is_floating_point() else value
-                          for name, value in content["weights"].items()}
-    to = kept / f"{job.name}.pt"
-    write(content, to)
-    if sum(file.stat().st_size for file in kept.iterdir()) > MOST_MB * 2 ** 20:
-        to.unlink()
-        print(f"{to.name} would not fit into {MOST_MB} MB and stays in {weights}", flush=True)
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for path in [*folder.glob("*.txt"), *folder.glob("*.jsonl")]:
+        shutil.copy(path, kept)
+    for job in listed:
+        for path in (folder / "runs" / job.name).glob("*"):
+            if path.name in ("log.jsonl", "samples.png"):
+                shutil.copy(path, kept / f"{job.name}{path.suffix}")
+    for job in sorted(listed, key=lambda job: job.kind):       # the runs' students before the teachers
+        path = folder / "runs" / job.name / "student.pt"
+        if job.kind == "teacher":
+            path = Path(job.command[job.command.index("--out") + 1])
+        if job.kind != "once" and path.exists():
+            content, to = read_classifier(path), kept / f"{job.name}.pt"
+            content["weights"] = {name: value.bfloat16() if value.is_floating_point() else value
+                                  for name, value in content["weights"].items()}
+            write(content, to)
+            if sum(file.stat().st_size for file in kept.iterdir()) > MOST_MB * 2 ** 20:
+                to.unlink()
 
 
 def go(job, folder, pack, left):
-    """Run a job for `left` seconds at most.   -> whether it ended"""
-    words = job.command.split()
+    """Run a job for `left` seconds at most.   -> 'done', 'failed', or 'begun' where the time was over"""
+    words = job.command
     if pack and job.kind != "once" and job.dataset == "cifar10":
         words = ["benchmarks/pack_data.py", pack, "--run", *words]
-    output = folder / f"{job.name}.out"
-    with open(output, "a") as file:
+    output, failed = folder / f"{job.name}.out", folder / f"{job.name}.failed"
+    failed.unlink(missing_ok=True)
+    with open(output, "w" if job.kind == "once" else "a") as file:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             code = process.wait(timeout=left)
         except subprocess.TimeoutExpired:
+            return "begun"
+        finally:                                               # also when this process is told to end
             process.terminate()
-            process.wait()
-            return False
-    if code and job.name != "tests":
-        (folder / f"{job.name}.failed").write_text(output.read_text()[-2000:])
-        print(f"{job.name} failed: {output.read_text().splitlines()[-1:]}; see {output}", flush=True)
-    elif job.kind == "once":
-        shutil.copy(output, folder / "keep" / f"{job.name}.txt")
-    return True
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if job.kind == "once" and (code == 0 or job.name == "tests"):
+        shutil.copy(output, folder / f"{job.name}.txt")
+    if code:
+        failed.write_text("")
+        print(f"{job.name} failed, status {code}: {[*output.read_text().splitlines(), ''][-2]}; see {output}",
+              flush=True)
+    return "failed" if code else "done"
 
 
 @command_line
@@ -206,46 +242,48 @@ def main(argv=None):
     if options.pack and not Path(options.pack).is_file():
         raise BadInput(f"there is no pack {options.pack}; make one with: python benchmarks/pack_data.py "
                        f"{options.pack}")
-    device = torch.device("cpu" if options.rehearse else "cuda")
-    folder, began = Path(options.folder), time.monotonic()
-    listed = jobs(folder, options.rehearse)
+    device, began = torch.device("cpu" if options.rehearse else "cuda"), time.monotonic()
+    folder, pack = Path(options.folder).resolve(), options.pack and str(Path(options.pack).resolve())
+    listed, speeds, tried = jobs(folder, options.rehearse, pack), {}, {}
+    table = "\n".join("{:>8s}   {}" for _ in listed)
     if options.list:
-        print("\n".join(f"{done(job, folder) or 'to do':>8s}   {job.name}" for job in listed))
+        print(table.format(*(text for job in listed for text in (state(job, folder), job.name))))
         return
-    what = dict(rehearse=options.rehearse, pack=bool(options.pack))
+    what = dict(rehearse=options.rehearse, pack=bool(pack))
     if (folder / "what.json").exists():
-        require_same(json.loads((folder / "what.json").read_text()), what, folder,
+        require_same(json.loads((folder / "what.json").read_text()), what, options.folder,
                      "name another --folder, or move this one away")
-    (folder / "keep").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "what.json").write_text(json.dumps(what))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that the job ends, too
     print(f"{device_name(device)}, {options.minutes:g} minutes", flush=True)
-    speeds, too_long = {}, []
 
     def left():
         return 60 * options.minutes - (time.monotonic() - began)
 
-    def attempt(job, text):
-        print(f"{job.name}: {text}", flush=True)
-        if go(job, folder, options.pack, left()):
-            keep(job, folder)
-        else:
-            print(f"{job.name}: the time is over; the same command goes on", flush=True)
-    for job in listed:
-        if done(job, folder) or left() < 1:
-            continue
-        if job.kind == "run" and any(other.kind == "teacher" and other.networks[0] == job.networks[0]
-                                     and done(other, folder) != "done" for other in listed):
-            continue                                           # its teacher is not there yet
-        seconds = seconds_of(job, device, speeds)
-        if seconds and seconds > left():
-            too_long.append((job, seconds))
-            print(f"{job.name}: {seconds / 60:.1f} minutes, more than is left; later", flush=True)
-            continue
-        attempt(job, "no estimate" if seconds is None else f"about {seconds / 60:.1f} minutes")
-    for job, seconds in too_long:
-        if left() > 1:
-            attempt(job, f"{seconds / 60:.1f} minutes in all; begun, with what is left")
-    print("\n".join(f"{done(job, folder) or 'to do':>8s}   {job.name}" for job in listed))
+    def ready(job):
+        needed = [other for other in listed if other.kind == "teacher" and job.kind == "run"
+                  and other.networks[0] == job.networks[0]]
+        return not done(job, folder) and job.name not in tried and all(
+            done(other, folder) for other in needed)
+    for fitting in (True, False):                              # what fits into the time, then what does not
+        while left() > 1 and (job := next(filter(ready, listed), None)):
+            try:
+                seconds = seconds_of(job, folder, device, speeds)
+            except (BadInput, torch.OutOfMemoryError) as error:
+                seconds, _ = None, print(f"{job.name}: no estimate ({error})", flush=True)
+            begun_in_vain = job.kind == "once" and state(job, folder) == "begun"
+            if fitting and ((seconds or 0) > left() or begun_in_vain):
+                tried[job.name] = "later"
+                continue
+            about = "" if seconds is None else f": about {seconds / 60:.1f} minutes"
+            print(f"{job.name}{about}", flush=True)
+            tried[job.name] = go(job, folder, pack, left())
+            keep(listed, folder)
+        tried = {name: result for name, result in tried.items() if result != "later"}
+    print(table.format(*(text for job in listed for text in (state(job, folder), job.name))))
+    if left() <= 1:
+        print("the time is over; the same command goes on", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python benchmarks/race.py cifar10 --list             # what is finished, begun, still to do
 
 A run that stands in the logs of results/ is skipped. One that was killed goes on from its last epoch:
-call the same command again. A run that ends is added to results/METHOD-race-NAME.jsonl; that file is to
-be committed, and `python benchmarks/table.py --write` puts it into the tables. The rows and their
-commands are the table RACES below; the protocol is in benchmarks/README.md.
+call the same command again. A run that ends is added to results/race-NAME.jsonl; that file is to be
+committed, and `python benchmarks/table.py --write` puts it into the tables. The rows and their commands
+are the table RACES below; the protocol is in benchmarks/README.md.
 """
 import json
 import subprocess
@@ -19,33 +19,39 @@ import table
 from common import BadInput, Parser, command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR10 = "--teacher benchmarks/teachers/cifar10-val_wrn16_2.pt --preset cifar10-cpu"
-REAL = f"regulated_kd.py {CIFAR10} --plain-teacher"
-PICTURES = f"surrogate_kd.py {CIFAR10}"
-RACES = {   # {race: {row: command}}; --seed and --out are added
+TEACHERS = {"cifar10": ("cifar10-val", "wrn16_2"), "mnist": ("mnist-val", "lenet5")}     # set, network
+RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
     "cifar10": {
-        "csd": f"csd.py {CIFAR10}",
-        "cudfkd": f"cudfkd.py {CIFAR10}",
-        "deepinversion": f"deepinversion.py {CIFAR10}",
-        "dafl": f"dafl.py {CIFAR10}",
-        "rdskd": f"rdskd.py {CIFAR10}",
-        "surrogate-cifar100": f"{PICTURES}-real --surrogate folder:data/cifar100-jpeg",       # as JPEG files
-        "surrogate-leaves": f"{PICTURES} --surrogate leaves",
-        "surrogate-noise": f"{PICTURES} --surrogate noise",
-        "real-kd": f"{REAL} --mode kd",
-        "real-regulated": f"{REAL} --mode regulated",
-        "real-labels": f"{REAL} --mode ce",
+        "csd": "csd.py --preset cifar10-cpu",
+        "cudfkd": "cudfkd.py --preset cifar10-cpu",
+        "deepinversion": "deepinversion.py --preset cifar10-cpu",
+        "dafl": "dafl.py --preset cifar10-cpu",
+        "rdskd": "rdskd.py --preset cifar10-cpu",
+        "surrogate-cifar100":
+            "surrogate_kd.py --preset cifar10-cpu-real --surrogate folder:data/cifar100-jpeg",
+        "surrogate-leaves": "surrogate_kd.py --preset cifar10-cpu --surrogate leaves",
+        "surrogate-noise": "surrogate_kd.py --preset cifar10-cpu --surrogate noise",
+        "real-kd": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode kd",
+        "real-regulated": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode regulated",
+        "real-labels": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode ce",
     },
     "mnist": {
+        "csd": "csd.py --preset mnist-cpu",
+        "cudfkd": "cudfkd.py --preset mnist-cpu",
         "dafl": "dafl.py --preset mnist-cpu",
         "rdskd": "rdskd.py --preset mnist-cpu",
         "mskd": "rdskd.py --preset mnist-cpu --diversity ms --penalty fixed",
-        "cudfkd": "cudfkd.py --preset mnist",
-        "csd": "csd.py --preset mnist-cpu",
         "zskd": "benchmarks/zskd.py --preset mnist-cpu",
-        "surrogate-leaves": "surrogate_kd.py --preset mnist --teacher lenet5 --student lenet5_half",
+        "surrogate-leaves": "surrogate_kd.py --preset mnist-cpu --student lenet5_half",
     },
 }
+STAGES = {"csd": "bank", "deepinversion": "pool", "rdskd": "generator", "surrogate_kd": "pool",
+          "regulated_kd": "significance", "zskd": "pool"}
+
+
+def own_stage(script, path):
+    """Flags that keep what a run makes first in a file of its own, apart from runs with other settings."""
+    return [f"--{STAGES[script]}", str(path)] if script in STAGES else []
 
 
 def rows_of(folder):
@@ -66,26 +72,35 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--list", action="store_true", help="say what is done, and stop")
     options = parser.parse_args(argv)
-    commands = RACES[options.race]
+    commands, failed = RACES[options.race], []
     for row in options.only or []:
         if row not in commands:
             raise BadInput(f"{options.race} has no row '{row}'; choose from {', '.join(commands)}")
+    dataset, network = TEACHERS[options.race]
+    teacher = f"benchmarks/teachers/{dataset}_{network}.pt"
+    if not options.list and not (ROOT / teacher).exists():
+        raise BadInput(f"the race's teacher is not there; train it with: python common.py --model {network} "
+                       f"--dataset {dataset} --out {teacher}")
     logged = {run[0]["arguments"]["out"] for run in table.read()[0] if ended(run)}
     for seed in options.seeds:
         for row in options.only or commands:
-            out = f"runs/race-{options.race}/{row}-seed{seed}"
-            script, *flags = commands[row].split()
+            name = f"race-{options.race}/{row}-seed{seed}"
+            out, (script, *flags) = f"runs/{name}", commands[row].split()
             state = "finished" if out in logged else "begun" if rows_of(out) else "to do"
             print(f"{row:>20s}  seed {seed}  {state}", flush=True)
             if options.list or out in logged:
                 continue
             if not ended(rows_of(out)):
-                command = [sys.executable, script, *flags, "--seed", str(seed), "--out", out, "--resume"]
+                flags += own_stage(Path(script).stem, f"checkpoints/{name}.pt")
+                command = [sys.executable, script, *flags, "--teacher", teacher, "--seed", str(seed),
+                           "--threads", "2", "--out", out, "--resume"]
                 if subprocess.run(command, cwd=ROOT).returncode:
-                    raise BadInput(f"{' '.join(command[1:])} did not end; see above")
-            log = table.RESULTS / f"{Path(script).stem}-race-{options.race}.jsonl"
-            with open(log, "a") as file:
+                    failed.append(f"{row} of seed {seed}")
+                    continue
+            with open(table.RESULTS / f"race-{options.race}.jsonl", "a") as file:
                 file.write((ROOT / out / "log.jsonl").read_text())
+    if failed:
+        raise BadInput(f"{', '.join(failed)} did not end; see above")
 
 
 if __name__ == "__main__":

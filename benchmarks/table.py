@@ -277,10 +277,10 @@ def race_tables(groups, measurements):
     races, trials = {}, []
     for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]]:
         runs, start = groups[group], groups.pop(group)[0][0]
-        arguments, line = start["arguments"], {"method": group.method, "flags": group.flags("dataset")}
+        arguments, line = start["arguments"], {"method, preset": group.name, "flags": group.flags("dataset")}
         epochs = events(runs[:1], "epoch")
         if arguments["dataset"].endswith("-val"):
-            trials.append({**line, "preset": group.preset, "of the validation images": f"**{of_end(runs)}**",
+            trials.append({**line, "of the validation images": f"**{of_end(runs)}**",
                            "epochs": len(epochs), "seconds": seconds(runs), **origin(runs)})
             continue
         pflop = costs.get((group.method, group.preset, json.dumps(start["changed"], sort_keys=True)))

@@ -115,8 +115,9 @@ def denominators(watch):
         times = []
         for _ in range(4):
             began = watch.clock()
-            function()
-            times.append(watch.clock() - began)
+            for _ in range(watch.times):
+                function()
+            times.append((watch.clock() - began) / watch.times)
         return round(work / statistics.median(times[1:]) / 1e9, 1)
     for width, side in ((32, 32), (64, 16), (128, 8)):
         maps, weights = (torch.randn(shape, **like).contiguous(memory_format=torch.channels_last)
@@ -333,21 +334,13 @@ def crops_one_by_one(pixels, data):
     return torch.stack([image.flip(2) if torch.rand(()) < 0.5 else image for image in cut])
 
 
-def contiguous(function):
-    """The same in PyTorch's usual memory order"""
-    def wrapped(*arguments):
-        found = function(*arguments)
-        return (found.contiguous() if torch.is_tensor(found) else
-                found.to(memory_format=torch.contiguous_format))
-    return wrapped
-
-
+BATCH = "crops of a whole batch"       # deepinversion's synthesis has none
 MEASURES = {   # {measure: what stands in its place in a method's file}
     "frozen networks": dict(frozen=only_in_eval_mode),
     "moments in one backward pass": dict(recorded_statistics=statistics_of_copies),
-    "channels_last": dict(normalize=contiguous(normalize), place_like=contiguous(place_like)),
+    "channels_last": {},               # in the place of torch's own word, everywhere
     "upsampling inside the convolution": dict(UpsampledConv2d=upsample_then_convolve),
-    "crops of a whole batch": dict(augment=crops_one_by_one),
+    BATCH: dict(augment=crops_one_by_one),
 }
 
 
@@ -393,10 +386,14 @@ def take_turn(method, variant, watch, precision, steps, images, scored=True):
     off = {name: value for name, value in MEASURES.get(variant.removeprefix("without "), {}).items()
            if hasattr(module, name)}
     data, settings = DATASETS[method.preset.partition("-")[0]], settings_of(method, steps, images, device)
-    plain, laps = not here or variant == "without channels_last", {}
-    layout = torch.contiguous_format if plain else torch.channels_last
-    watch.laps = laps
-    with seeded(0), mock.patch.multiple(module, **off) if off else contextlib.nullcontext():
+    laps = watch.laps = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(seeded(0))
+        if off:
+            stack.enter_context(mock.patch.multiple(module, **off))
+        if variant == "without channels_last":
+            stack.enter_context(mock.patch.object(torch, "channels_last", torch.contiguous_format))
+        layout = torch.channels_last if here else torch.contiguous_format
         teacher, student = (build_model(name, data.num_classes, data.image_shape).to(
             device, memory_format=layout) for name in method.networks)
         if precision == "bf16":
@@ -439,7 +436,8 @@ def measure(options):
     whole = device.type == "cuda" or options.method in ("csd", "cudfkd")
     images = {phase: options.batch_size or (full if whole else 32) for phase, full in method.images.items()}
     variants = ["authors", "here", *(f"without {name}" for name, parts in MEASURES.items()
-                                     if options.each and any(hasattr(method.module, part) for part in parts))]
+                                     if options.each and (name, options.method) != (BATCH, "deepinversion")
+                                     and (not parts or any(hasattr(method.module, part) for part in parts)))]
     needed, laps = gflop(method, "here", images, device, scored=False), {variant: {} for variant in variants}
     watch = Stopwatch(device, precision)
     for _ in range(options.laps):
