@@ -43,7 +43,7 @@ SETS = {"tiny-imagenet": DataSpec((3, 64, 64), 200, (0.5,) * 3, (0.5,) * 3, 8, T
 TRAINING_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257}    # else 60,000
 ONE_STEP = dict(epochs=1, student_steps=1, round_steps=1, synthesis_steps=1, low_resolution_steps=0,
                 generator_epochs=1, generator_steps=1, bank_rounds=1, bank_synthesis_steps=1,
-                initial_batches=1, pool_batches=2, ramp=False, adversarial_start=1.0, mode="kd",
+                initial_batches=1, pool_batches=2, ramp=False, adversarial_start=1.0,
                 plain_teacher=True, queue=False)
 
 
@@ -139,6 +139,7 @@ class Meter:
 def step_costs(module, settings, data, names, images):
     """-> {phase: GFLOP, teacher queries and MB of one step with so many images}; weights of both networks"""
     few = dict(ONE_STEP, batch_size=images, synthesis_batch_size=images)
+    few["mode"] = "ce" if getattr(settings, "mode", "") == "ce" else "kd"
     tiny = replace(settings, **{name: value for name, value in few.items() if hasattr(settings, name)})
     pixels, found = torch.randint(256, (images, *data.image_shape), dtype=torch.uint8), {}
     labels = torch.arange(images) % data.num_classes

@@ -76,9 +76,8 @@ def jobs(folder, rehearse, pack=""):
                 f"--precision {precision} {more}", ["--log", f"{folder}/throughput.jsonl"])
     files = {teacher: f"{folder}/teachers/{dataset}_{teacher}.pt" for teacher, _ in pairs}
     for teacher, file in files.items():
-        epochs = 2 if rehearse else 60
-        add(f"teacher-{teacher}", "teacher", f"common.py --model {teacher} --dataset {dataset} --epochs {epochs} "
-            f"{how}", ["--out", file], (teacher, teacher), dataset)
+        flags = f"--model {teacher} --dataset {dataset} --epochs {2 if rehearse else 60} {how}"
+        add(f"teacher-{teacher}", "teacher", f"common.py {flags}", ["--out", file], (teacher, teacher), dataset)
 
     def add_run(name, script, flags, networks, dataset, *more):
         add(name, "run", f"{script}.py {flags} --student {networks[1]}", [
