@@ -77,7 +77,7 @@ def jobs(folder, rehearse, pack=""):
     files = {teacher: f"{folder}/teachers/{dataset}_{teacher}.pt" for teacher, _ in pairs}
     for teacher, file in files.items():
         flags = f"--model {teacher} --dataset {dataset} --epochs {2 if rehearse else 60} {how}"
-        add(f"teacher-{teacher}", "teacher", f"common.py {flags}", ["--out", file], (teacher, teacher), dataset)
+        add(f"teacher-{teacher}", "teacher", f"common.py {flags}", ["--out", file], (teacher,) * 2, dataset)
 
     def add_run(name, script, flags, networks, dataset, *more):
         add(name, "run", f"{script}.py {flags} --student {networks[1]}", [
