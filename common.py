@@ -977,7 +977,8 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
     preset. `own`: {name: help} of flags that are no hyperparameters, (help, type) if not a text. Raises
     BadInput.
     """
-    parser = Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False,
+                    epilog="benchmarks/costs.py counts FLOPs, queries and memory of a run before it starts")
     add = parser.add_argument
     add("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [by set]")
     add("--student", help="model name, torchvision:NAME or module:function [by data set]")

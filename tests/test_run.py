@@ -387,6 +387,14 @@ def test_ctrl_c_says_how_to_go_on(moment, teacher_file, in_tmp, capsys, monkeypa
         assert rows_of("runs/csd-digits-001")[-1]["event"] == "end"
 
 
+def test_the_first_epoch_says_how_long_the_others_take(teacher_file, in_tmp, capsys, monkeypatch):
+    found = common.describe
+    monkeypatch.setattr(common, "describe", lambda *args: [
+        {**row, "seconds_distillation": 90.0, "seconds_synthesis": 0.0} for row in found(*args)])
+    dafl.main([*tiny_args(dafl, teacher_file, epochs=3), "--out", "out"])
+    assert capsys.readouterr().out.count("at this speed the other epochs take 3 minutes") == 1
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_loss_that_is_not_finite_names_its_epoch(epoch, teacher_file, in_tmp, capsys, monkeypatch):
     """And that epoch's state is not saved."""
