@@ -138,7 +138,7 @@ PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
     # [inferred] for the races in benchmarks/: as many steps as 40 or 20 minutes of two cores allow
     "cifar10-cpu": replace(WIDE, epochs=10, student_steps=200, batch_size=256, synthesis_batch_size=256,
                            images_per_pass=128, generator_width=32, age_start=0.5, adversarial_end=6.7),
-    "mnist-cpu": replace(WIDE, epochs=30, batch_size=256, synthesis_batch_size=256, images_per_pass=128,
+    "mnist-cpu": replace(WIDE, epochs=25, batch_size=256, synthesis_batch_size=256, images_per_pass=128,
                          latent_dim=128, generator_width=16, adversarial_start=0.0, adversarial_end=5.0,
                          age_start=0.2, age_end=2.0),
     # [inferred] for a CPU; the paper treats neither. The KL of the digits pair is some 0.2: at ages 2 to 12

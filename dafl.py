@@ -98,7 +98,7 @@ PRESETS = {
     # [inferred] for the races in benchmarks/: as many steps as 40 or 20 minutes of two cores allow
     "cifar10-cpu": replace(CIFAR10, epochs=20, student_steps=100, batch_size=256, generator_width=32,
                            lr_generator=1e-3, schedule="cosine", temperature=6.0),
-    "mnist-cpu": replace(MNIST, epochs=60, batch_size=256, generator_width=32, lr_generator=1e-3,
+    "mnist-cpu": replace(MNIST, epochs=40, batch_size=256, generator_width=32, lr_generator=1e-3,
                          schedule="cosine"),
     # [inferred] for a CPU; digits: chosen among 21 by test accuracy on seed 0
     "mnist-short": replace(MNIST, epochs=30, batch_size=128, generator_width=32, lr_generator=1e-3,
