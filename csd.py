@@ -46,9 +46,10 @@ Where paper, authors' code and this file differ
     epoch. Here: seed 0 unless told, the last epoch (the best is printed in brackets), no such score.
  8. The authors take the KL-adversarial term only where the CSD weight is 0. Here --adversarial adds to
     any --csd. With --csd 0 the head is not trained: nothing reads it.
- 9. Frozen networks get no weight gradients, BN statistics are taken in synthesis only: the same
-    mathematics up to rounding, in less time. On CUDA the default is TF32 with cudnn.benchmark; the
-    authors run fp32 with cudnn.deterministic (--precision fp32 --deterministic).
+ 9. Frozen networks get no weight gradients, BN statistics are taken in synthesis only, upsampling and the
+    convolution after it are one layer of common.py: the same mathematics up to rounding, in less time. On
+    CUDA the default is TF32 with cudnn.benchmark; the authors run fp32 with cudnn.deterministic
+    (--precision fp32 --deterministic).
 10. Teachers: the authors' take SGD, batch 256, decay 1e-4, three steps, best epoch on the test set; here
     batch 128, decay 5e-4, cosine, last epoch (common.py).
 """
@@ -104,7 +105,7 @@ PRESETS = {
     "svhn": CIFAR10,                             # [inferred]; the data set's DataSpec has no crop and no flip
     # [inferred] for a first look: 1/50 of the authors' stage 1 and 1/100 of their student steps
     "cifar10-short": replace(CIFAR10, bank_rounds=20, bank_synthesis_steps=200, epochs=10, student_steps=200),
-    # [inferred] for the races in benchmarks/: as many steps as 40 or 20 minutes of two cores allow
+    # [inferred] first guesses for the races in benchmarks/: 40 or 20 minutes of two cores, hardly tuned
     "cifar10-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=10, bank_synthesis_steps=60, bn=0.3,
                            synthesis_steps=40, lr_generator=3e-3, epochs=10, student_steps=150),
     "mnist-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=20, bank_synthesis_steps=40,
@@ -211,7 +212,7 @@ class Generator(nn.Module):
             nn.Linear(latent_dim, 128 * (height // 4) * (width // 4)),
             nn.Unflatten(1, (128, height // 4, width // 4)),                 # (N, 128, H/4, W/4)
             nn.BatchNorm2d(128),                                             # no activation before it [code]
-            UpsampledConv2d(128, 128, bias=False),                          # sides double: (N, 128, H/2, W/2)
+            UpsampledConv2d(128, 128, bias=False),                           # doubled: (N, 128, H/2, W/2)
             nn.BatchNorm2d(128), nn.LeakyReLU(0.2, inplace=True),
             UpsampledConv2d(128, 64, bias=False),                            # (N, 64, H, W)
             nn.BatchNorm2d(64), nn.LeakyReLU(0.2, inplace=True),

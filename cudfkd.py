@@ -46,9 +46,10 @@ Where paper, authors' code and this file differ
     every student step. The presets hold start and end, as they come out over the authors' epochs, so that
     --epochs keeps the curve; a run of one or two epochs is too short for α to rise.
  6. The ten batches of a round are made together, --images-per-pass at a time, by generator and teacher,
-    both fixed and in eval mode: the same mathematics. BN statistics are taken in the generator's step
-    only. In the code every teacher pass takes them, fixed weights get gradients, and each step waits for
-    two accuracies (benchmarks/throughput.py).
+    both fixed and in eval mode; upsampling and the convolution after it are one layer of common.py: the
+    same mathematics. BN statistics are taken in the generator's step only. In the code every teacher pass
+    takes them, fixed weights get gradients, and each step waits for two accuracies
+    (benchmarks/throughput.py).
  7. Generated images are not augmented and not kept [code]. The code's activation term has weight 0 in
     every script and its Jensen-Shannon variant of the adversarial term is in none; its squared loss sums
     over elements. All left out.
@@ -135,7 +136,7 @@ PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
     # --preset tiny-imagenet --dataset folder:PATH@64, see 10 above
     "tiny-imagenet": replace(CIFAR100, batch_size=128, synthesis_batch_size=128, latent_dim=1024,
                              adversarial_start=1.0, adversarial_end=33.85, ramp_end=0.75),
-    # [inferred] for the races in benchmarks/: as many steps as 40 or 20 minutes of two cores allow
+    # [inferred] first guesses for the races in benchmarks/: 40 or 20 minutes of two cores, hardly tuned
     "cifar10-cpu": replace(WIDE, epochs=10, student_steps=200, batch_size=256, synthesis_batch_size=256,
                            images_per_pass=128, generator_width=32, age_start=0.5, adversarial_end=6.7),
     "mnist-cpu": replace(WIDE, epochs=25, batch_size=256, synthesis_batch_size=256, images_per_pass=128,

@@ -39,6 +39,7 @@ Where paper, authors' code and this file differ
  7. The authors advise to restart a run whose images are all alike. Here the log names such a collapse.
  8. The student's soft cross-entropy [paper] and KL [code] have the same gradient; KL is reported.
  9. The code also computes gradients of the teacher's weights, which nothing reads. Here there are none.
+    Upsampling and the convolution after it are one layer of common.py: the same values in less work.
 10. Teachers: the authors' CIFAR ones take SGD for 199 epochs, a tenth at 80 and 120, MNIST's Adam 1e-3
     for 9. Here common.py's recipe. CIFAR-100 is normalised with its own constants; the authors take
     CIFAR-10's.
@@ -95,7 +96,7 @@ PRESETS = {
     "cifar10-short": replace(CIFAR10, epochs=250, batch_size=2048, lr_generator=1e-3, warmup=1 / 60,
                              generator_weight_decay=0.01, student_optimizer="adam", weight_decay=0.01,
                              temperature=6.0),
-    # [inferred] for the races in benchmarks/: as many steps as 40 or 20 minutes of two cores allow
+    # [inferred] first guesses for the races in benchmarks/: 40 or 20 minutes of two cores, hardly tuned
     "cifar10-cpu": replace(CIFAR10, epochs=20, student_steps=100, batch_size=256, generator_width=32,
                            lr_generator=1e-3, schedule="cosine", temperature=6.0),
     "mnist-cpu": replace(MNIST, epochs=40, batch_size=256, generator_width=32, lr_generator=1e-3,
@@ -164,7 +165,7 @@ class Generator(nn.Module):
             nn.Linear(latent_dim, channels * (height // 4) * (width // 4)),
             nn.Unflatten(1, (channels, height // 4, width // 4)),            # (N, 128, H/4, W/4)
             nn.BatchNorm2d(channels),                                        # no activation before it [code]
-            UpsampledConv2d(channels, channels),                            # sides double: (N, 128, H/2, W/2)
+            UpsampledConv2d(channels, channels),                             # doubled: (N, 128, H/2, W/2)
             nn.BatchNorm2d(channels, eps=0.8), nn.LeakyReLU(0.2, inplace=True),      # the authors' eps, see 4
             UpsampledConv2d(channels, half),                                 # (N, 64, H, W)
             nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),

@@ -44,7 +44,8 @@ Where paper, authors' code and this file differ
  7. The authors score the whole test set every 10 steps, about 27 % of a CIFAR run's multiply-adds; here
     once an epoch (--eval-every). Both report the last student.
  8. The teacher sees both halves in one pass, frozen networks get no weight gradients, phase 2 builds no
-    graph for generator and teacher: the same mathematics.
+    graph for generator and teacher; upsampling and the convolution after it are one layer of common.py:
+    the same mathematics.
  9. Phase 1's generator is kept in checkpoints/ by teacher, seed and kind, and reused by other students.
 10. Teachers: the authors' are trained for 199 (MNIST, SGD 1e-3 without momentum) or 499 epochs, SVHN's by
     Adam at 0.01, left over from a shared schedule; here common.py's recipe. SVHN is normalised with 0.5,
@@ -99,7 +100,7 @@ PRESETS = {
     "mnist": MNIST,
     "mnist-short": replace(MNIST, epochs=20, batch_size=128, schedule="cosine", synthesis_batch_size=128,
                            generator_width=32),                                         # [inferred] for a CPU
-    # [inferred] for the races in benchmarks/: as many steps as 40 or 20 minutes of two cores allow
+    # [inferred] first guesses for the races in benchmarks/: 40 or 20 minutes of two cores, hardly tuned
     "cifar10-cpu": replace(CIFAR10, epochs=20, student_steps=100, batch_size=256, generator_epochs=10,
                            generator_steps=60, synthesis_batch_size=256, generator_width=32,
                            student_optimizer="sgd", lr_student=0.1, weight_decay=5e-4, schedule="cosine"),
@@ -189,7 +190,7 @@ class Generator(nn.Module):
             nn.Linear(latent_dim, channels * (height // 4) * (width // 4)),
             nn.Unflatten(1, (channels, height // 4, width // 4)),            # (N, 128, H/4, W/4)
             nn.BatchNorm2d(channels),                                        # no activation before it [code]
-            UpsampledConv2d(channels, channels),                            # sides double: (N, 128, H/2, W/2)
+            UpsampledConv2d(channels, channels),                             # doubled: (N, 128, H/2, W/2)
             nn.BatchNorm2d(channels, eps=0.8), nn.LeakyReLU(0.2, inplace=True),      # DAFL's authors' eps
             UpsampledConv2d(channels, half),                                 # (N, 64, H, W)
             nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),

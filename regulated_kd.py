@@ -117,7 +117,7 @@ PRESETS = {
     "fashion_mnist": replace(MNIST, epochs=20, teacher_epochs=20, weight_decay=1e-5),
     "cifar10": CIFAR10,                                             # ResNet-34 to ResNet-18
     "cifar10-alexnet-alexnet_half": CIFAR10,
-    # [inferred] for the race in benchmarks/: as many steps as 40 minutes of two cores allow
+    # [inferred] first guess for the race in benchmarks/: 40 minutes of two cores, hardly tuned
     "cifar10-cpu": replace(CIFAR10, epochs=15, teacher_epochs=15),
     # chosen among 4 by test accuracy on seed 0
     "digits": replace(MNIST, epochs=80, teacher_epochs=60, batch_size=32, teacher_batch_size=32,

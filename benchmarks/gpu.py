@@ -222,7 +222,7 @@ def go(job, folder, pack, left):
         shutil.copy(output, folder / f"{job.name}.txt")
     if code:
         failed.write_text("")
-        print(f"{job.name} failed, status {code}: {[*output.read_text().splitlines(), ''][-2]}; see {output}",
+        print(f"{job.name} failed, status {code}: {['', *output.read_text().splitlines()][-1]}; see {output}",
               flush=True)
     return "failed" if code else "done"
 

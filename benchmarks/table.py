@@ -228,7 +228,8 @@ def measured(measurements, variants, shared, cells):
         for head, (name, digits, factor) in cells.items():
             phase, _, name = name.rpartition(".")                           # not every method has both phases
             parts = [row.get(phase, {}) if phase else row for row in rows]
-            values = [factor * part[name] for part in parts if name in part]
+            names = (name, "least", "most") if name == "seconds" else (name,)      # of one repeat's turns
+            values = [factor * part[each] for part in parts for each in names if each in part]
             low, middle, high = (f"{f(values):.{digits}f}" for f in (min, median, max)) if values else "---"
             line[head] = middle if low == high else f"{middle} ({low} to {high})"
         yield line
