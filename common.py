@@ -987,6 +987,7 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
     add("--out", help=f"run folder [the next free runs/{method}-DATASET-001]")
     add("--resume", action="store_true", help="go on with the run in --out; repeat its other flags")
     add("--eval-every", type=number_type(int, True), default=1, help="epochs between scores [1]")
+    add("--keep-epochs", action="store_true", help="keep the student of each epoch, for benchmarks/epochs.py")
     shared_flags(parser)
     kinds = {str: dict(default=""), bool: dict(action="store_true"),
              int: dict(type=number_type(int, False), default=0)}
@@ -1367,6 +1368,9 @@ class Run(Checkpoint):
             self.write(each)
         if pixels is not None:
             save_samples(self.folder / "samples.png", pixels, labels, self.data.num_classes)
+        if self.options.keep_epochs:
+            shown = None if pixels is None else (255 * pixels[:200].clamp(0, 1)).byte().contiguous()
+            write(dict(student=self.student.state_dict(), pixels=shown), self.folder / f"epochs/{epoch}.pt")
         self.save(epoch)
         left = (self.settings.epochs - 1 - epoch) * sum(
             value for key, value in row.items() if key.startswith("seconds_"))

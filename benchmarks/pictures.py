@@ -3,6 +3,7 @@
     python benchmarks/pictures.py curriculum RUN_FOLDER --out picture.png
     python benchmarks/pictures.py regulation RUN_FOLDER --out picture.png
     python benchmarks/pictures.py side-by-side RUN_FOLDER RUN_FOLDER ... --out picture.png
+    python benchmarks/pictures.py race benchmarks/results/race-mnist.jsonl --out picture.png
 
     curriculum     a run of cudfkd.py: how hard the images were, what they weighed, what moved both.
                    Also takes a log file; of one with several runs, it draws the first.
@@ -10,12 +11,15 @@
                    did, and which were needed most and least.
     side-by-side   runs on one data set: images of each run in a block of columns, a row a class. Of
                    regulated_kd.py, which makes none, the real images that were needed most.
+    race           the log of a race: test error after so many seconds and so many teacher queries, a line
+                   a row, the mean over its seeds between the least and the most.
 """
 import functools
 import json
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -23,15 +27,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import BadInput, Parser, command_line, load_dataset, read_file, save_samples
 
 
-def read_log(path):
-    """The rows of the first run in a run folder or a log file, the start row first."""
-    path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
+def read_runs(path):
+    """-> the runs in a run folder or in a log file, each a list of rows, the start row first"""
+    path, runs = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path), []
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        starts = [place for place, row in enumerate(rows) if row["event"] == "start"]
-        return rows[starts[0]:starts[1] if len(starts) > 1 else None]
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            runs += [[]] if row["event"] == "start" else []
+            runs[-1].append(row)
+        runs[0]                                                              # at least one
+        return runs
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise BadInput(f"{path} is not a run's log ({type(error).__name__}); name a run folder") from None
+
+
+def read_log(path):
+    return read_runs(path)[0]
 
 
 # ------------------------------------------------------------------------------------------------ cudfkd.py
@@ -151,11 +162,43 @@ def side_by_side(runs, each=4):
     return picture
 
 
+def race(log):
+    """-> a matplotlib Figure: test error against seconds, and against teacher queries, a line a row"""
+    from matplotlib.figure import Figure
+    lines = {}                                      # {row: [a seed's (seconds, queries, error) by epoch]}
+    for run in read_runs(log):
+        points, spent = [], 0.0
+        for row in run:
+            spent += sum(value for name, value in row.items() if name.startswith("seconds_"))
+            if row["event"] == "epoch":
+                points.append((spent, row["teacher_queries"], 100 - 100 * row["student_acc"]))
+        lines.setdefault(Path(run[0]["arguments"]["out"]).name.rpartition("-seed")[0], []).append(points)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, axes in enumerate((left, right)):
+        for row, runs in lines.items():
+            x, errors = ([[run[epoch][which] for run in runs] for epoch in range(len(runs[0]))]
+                         for which in (place, 2))                            # a list of seeds an epoch
+            line, = axes.plot([*map(mean, x)], [*map(mean, errors)], label=f"{row}, seeds: {len(runs)}",
+                              marker=".", markersize=3, linewidth=1)
+            axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.2,
+                              color=line.get_color(), linewidth=0)
+        axes.grid(alpha=0.3)
+    left.set(xlabel="seconds", xscale="log", ylabel="student's test error, %", yscale="log",
+             yticks=[1, 2, 5, 10, 20, 50, 100])
+    right.set(xlabel="teacher queries", xscale="log")
+    for axes in (left, right):
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter("{x:g}")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
 @command_line
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["curriculum", "regulation", "side-by-side"])
-    parser.add_argument("runs", nargs="+", help="run folders; one, except for side-by-side")
+    parser.add_argument("kind", choices=["curriculum", "regulation", "side-by-side", "race"])
+    parser.add_argument("runs", nargs="+", help="run folders, one except for side-by-side; or a race's log")
     parser.add_argument("--out", required=True, help="file to draw, as picture.png")
     options = parser.parse_args(argv)
     if options.kind == "side-by-side":
@@ -163,7 +206,7 @@ def main(argv=None):
     elif len(options.runs) > 1:
         raise BadInput(f"{options.kind} draws one run, not {len(options.runs)}")
     else:
-        draw = curriculum if options.kind == "curriculum" else regulation
+        draw = {"curriculum": curriculum, "regulation": regulation, "race": race}[options.kind]
         save = functools.partial(draw(options.runs[0]).savefig, dpi=110)
     try:
         save(options.out)

@@ -93,7 +93,7 @@ def main(argv=None):
             if not ended(rows_of(out)):
                 flags += own_stage(Path(script).stem, f"checkpoints/{name}.pt")
                 command = [sys.executable, script, *flags, "--teacher", teacher, "--seed", str(seed),
-                           "--threads", "2", "--out", out, "--resume"]
+                           "--threads", "2", "--keep-epochs", "--out", out, "--resume"]
                 if subprocess.run(command, cwd=ROOT).returncode:
                     failed.append(f"{row} of seed {seed}")
                     continue

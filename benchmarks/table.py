@@ -297,6 +297,22 @@ def race_tables(groups, measurements):
     return {**found, **({"Trials on validation images": trials} if trials else {})}
 
 
+def epochs_table(measurements):
+    """What the rules of benchmarks/epochs.py were worth, in points of test accuracy."""
+    found = {}
+    for row in measurements:
+        if row["variant"] == "epochs":
+            for rule, epoch in row["chosen"].items():
+                found.setdefault((row["dataset"], rule), []).append((row["student_acc"], epoch))
+    for (dataset, rule), runs in found.items():
+        gains = [scores[epoch] - scores[-1] for scores, epoch in runs]
+        signs = [(gain > 0) - (gain < 0) for gain in gains]
+        yield {"data set": dataset, "rule": rule, "runs": len(runs),
+               "points over the last epoch": spread(gains),
+               "runs better, same, worse": ", ".join(str(signs.count(sign)) for sign in (1, 0, -1)),
+               "points under the best epoch": spread([max(scores) - scores[epoch] for scores, epoch in runs])}
+
+
 def costs_table(measurements):
     """What a preset costs on paper: hours at so many TFLOP/s that are really reached."""
     for row in measurements:
@@ -332,6 +348,7 @@ def all_tables(runs, measurements):
               "surrogate_kd: pictures that are not the teacher's": surrogate_table(groups),
               **{title: measured(measurements, *columns) for title, columns in MEASUREMENTS.items()},
               "Any teacher": any_teacher_table(measurements),
+              "Choosing the epoch without test data": epochs_table(measurements),
               "Costs of the presets, on paper": costs_table(measurements)}
     return "".join(f"\n### {title}\n\n{table(rows)}" for title, rows in tables.items())
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import any_teacher
 import costs
+import epochs
 import gpu
 import pack_data
 import pictures
@@ -18,6 +19,7 @@ import regulated_saving
 import sampling_picture
 import stranger
 import surrogate_sets
+import table
 import throughput
 import zskd
 from conftest import (METHODS, ROOT, TINY, common, cudfkd, dafl, deepinversion, regulated_kd, surrogate_kd,
@@ -217,9 +219,40 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys):
     medians = [row["difficulty"][2] for row in rows_of("cudfkd") if row["event"] == "epoch"]
     assert list(pictures.curriculum("cudfkd").axes[0].lines[0].get_ydata()) == medians
     assert len(pictures.curriculum(ROOT / "benchmarks/results/c07d91b/cudfkd-digits.jsonl").axes) == 4
+    for method, out in ((cudfkd, "runs/a-seed0"), (cudfkd, "runs/a-seed1"), (regulated_kd, "runs/b-seed0")):
+        method.main([*tiny_args(method, teacher_file), "--out", out])
+    logs = [(in_tmp / "runs" / name / "log.jsonl").read_text() for name in ("a-seed0", "a-seed1", "b-seed0")]
+    (in_tmp / "race.jsonl").write_text("".join(logs))
+    pictures.main(["race", "race.jsonl", "--out", "picture.png"])
+    drawn = {line.get_label(): line for line in pictures.race("race.jsonl").axes[1].lines}
+    last = rows_of("runs/b-seed0")[-1]
+    assert {*drawn} == {"a, seeds: 2", "b, seeds: 1"}
+    assert drawn["b, seeds: 1"].get_xdata()[-1] == last["teacher_queries"]
+    near(drawn["b, seeds: 1"].get_ydata()[-1], 100 - 100 * last["student_acc_last"])
     for command, said in (("curriculum regulated_kd", "no run of cudfkd"), ("regulation cudfkd", "not of"),
                           ("curriculum nowhere", "not a runs log"), ("regulation a b", "draws one run")):
         assert said in refused(pictures, [*command.split(), "--out", "no.png"], capsys)
+
+
+def test_rules_for_an_epoch_look_at_what_was_kept_and_name_one_each(teacher_file, in_tmp, capsys):
+    for method, more in ((cudfkd, ["--keep-epochs"]), (dafl, [])):
+        method.main([*tiny_args(method, teacher_file, epochs=3), *more, "--out", method.__name__])
+    epochs.main(["cudfkd", "--log", "log.jsonl"])
+    row, = rows_of(".")
+    scores = [each["student_acc"] for each in rows_of("cudfkd") if each["event"] == "epoch"]
+    assert row["student_acc"] == scores and row["chosen"]["last"] == 2
+    assert {*row["chosen"]} == {"last", "kd-loss", "agreement", "agreement-leaves", "entropy", "bn-distance"}
+    for rule, values in row["measures"].items():
+        assert len(values) == 3 and values[row["chosen"][rule]] == max(values)
+    teacher, data = epochs.load(teacher_file)
+    student, _ = epochs.load("cudfkd/student.pt")                    # the last epoch's student is student.pt
+    leaves = epochs.leaves_for(data)
+    assert leaves.shape == (2000, *data.image_shape) and torch.equal(leaves, epochs.leaves_for(data))
+    answers = [common.predict(net, common.ImageSet(leaves, None), data) for net in (student, teacher)]
+    assert row["measures"]["agreement-leaves"][-1] == common.agreement(*answers)
+    line, *_ = [line for line in table.epochs_table([row]) if line["rule"] == "last"]
+    assert line["points over the last epoch"] == "0.00" and line["runs better, same, worse"] == "0, 1, 0"
+    assert "no finished run" in refused(epochs, ["dafl"], capsys)
 
 
 def test_any_teacher_works_or_is_refused_in_a_sentence(in_tmp, capfd):

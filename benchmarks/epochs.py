@@ -1,0 +1,114 @@
+"""Could one choose an epoch's student without test data?   Rules for it, tried on finished runs.
+
+    python cudfkd.py --dataset digits --keep-epochs --out runs/kept
+    python benchmarks/epochs.py runs/kept [MORE_RUN_FOLDERS ...] --log benchmarks/results/epochs.jsonl
+
+A run with --keep-epochs keeps the student of each epoch and up to 200 of its last images. Each rule below
+looks at them and names one epoch; the test scores of the log then say what the choice was worth, beside the
+last epoch and beside the best, which only the test set can name.
+
+    last             the last epoch, what the scripts report
+    kd-loss          the smallest distillation loss in the log
+    agreement        the student that agrees most often with the teacher on the images of all epochs
+    agreement-leaves the same on 2,000 dead leaves, pictures of surrogate_kd.py that no run was shown
+    entropy          the epoch whose images the teacher is most certain of (least mean entropy)
+    bn-distance      the epoch whose images are nearest to what the teacher's BatchNorm layers remember:
+                     CSD's bn_loss. Not for a teacher without BatchNorm
+"""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import surrogate_kd
+from common import (BadInput, DataSpec, ImageSet, Parser, agreement, batchnorms, build_model, command_line,
+                    frozen, normalize, number_type, predict, read_classifier, read_file, recorded_statistics,
+                    scoring, seeded)
+from csd import bn_loss
+from pictures import read_log
+
+
+def load(path):
+    """-> the network in a teacher's or a student's file, in eval mode, and its DataSpec"""
+    file = read_classifier(path)
+    data = DataSpec(**file["data"])
+    network = build_model(file["arch"], data.num_classes, data.image_shape)
+    network.load_state_dict(file["weights"])
+    return network.eval(), data
+
+
+@torch.no_grad()
+def bn_distance(teacher, pixels, data):
+    layers = batchnorms(teacher, data)
+    with frozen(teacher), scoring(), recorded_statistics(layers) as seen:
+        teacher(normalize(pixels / 255, data))
+    return float(bn_loss([seen[layer] for layer in layers],
+                         [(layer.running_mean, layer.running_var) for layer in layers]))
+
+
+def measures(folder, rows, images_of_leaves):
+    """-> {rule: a number an epoch, the largest is chosen}"""
+    teacher, data = load(rows[0]["arguments"]["teacher"])
+    student, _ = load(Path(folder, "student.pt"))
+    epochs = [row["epoch"] for row in rows if row["event"] == "epoch"]
+    kept = [read_file(Path(folder, f"epochs/{epoch}.pt"), "student of --keep-epochs") for epoch in epochs]
+    own = ImageSet(torch.cat([each["pixels"] for each in kept]), None)
+    leaves = ImageSet(images_of_leaves(data), None)
+    found = {"last": epochs, "kd-loss": [-row["loss_kd"] for row in rows if row["event"] == "epoch"]}
+    for rule, images in (("agreement", own), ("agreement-leaves", leaves)):
+        answers, found[rule] = predict(teacher, images, data), []
+        for each in kept:
+            student.load_state_dict(each["student"])
+            found[rule].append(agreement(predict(student, images, data), answers))
+    p = [predict(teacher, ImageSet(each["pixels"], None), data).softmax(1) for each in kept]
+    found["entropy"] = [float(torch.xlogy(each, each).sum(1).mean()) for each in p]
+    if batchnorms(teacher, data):
+        found["bn-distance"] = [-bn_distance(teacher, each["pixels"], data) for each in kept]
+    return found
+
+
+def leaves_for(data):
+    """2,000 dead leaves, as strokes where images are grey, drawn with a seed that no run of ours has.
+
+    -> (2000, C, H, W) uint8
+    """
+    settings = replace(surrogate_kd.SYNTHETIC, strokes=data.image_shape[0] == 1)
+    with seeded(2 ** 31):
+        pixels = surrogate_kd.procedural_pixels("leaves", 2000, data, settings, "cpu")
+    return (255 * pixels.clamp(0, 1)).byte()
+
+
+@command_line
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="run folders of finished runs with --keep-epochs")
+    parser.add_argument("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
+    parser.add_argument("--log", help="append the results to this file, as JSON lines")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    drawn = {}
+    for folder in options.runs:
+        rows = read_log(folder)
+        scores = [row["student_acc"] for row in rows if row["event"] == "epoch"]
+        if rows[-1]["event"] != "end" or None in scores or not Path(folder, "epochs").is_dir():
+            raise BadInput(f"{folder} is no finished run with --keep-epochs and a score in each epoch")
+        found = measures(folder, rows, lambda data: drawn.setdefault(data, leaves_for(data)))
+        chosen = {rule: max(range(len(scores)), key=values.__getitem__) for rule, values in found.items()}
+        arguments = rows[0]["arguments"]
+        row = dict(variant="epochs", method=rows[0]["method"], changed=rows[0]["changed"],
+                   teacher_sha256=rows[0]["teacher_sha256"], versions=rows[0]["versions"],
+                   **{name: arguments[name] for name in ("preset", "dataset", "seed", "out")},
+                   student_acc=scores, chosen=chosen, measures=found)
+        print(f"{folder}: best {max(scores):.4f}; " + ", ".join(
+            f"{rule} {scores[epoch]:.4f} ({epoch})" for rule, epoch in chosen.items()), flush=True)
+        if options.log:
+            with open(options.log, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
