@@ -935,7 +935,8 @@ def _short(error):
 # Networks of a data set or preset, unless named; a method may have pairs of its own. Else resnet34, resnet18.
 PAIRS = {**dict.fromkeys(("digits", "cifar10-cpu"), ("wrn16_2", "wrn16_1")), "svhn": ("wrn40_2", "wrn16_1"),
          "imagenet": ("torchvision:resnet50", "torchvision:resnet18"),
-         **dict.fromkeys(("mnist", "mnist28", "fashion_mnist", "fashion_mnist28"), ("lenet5", "lenet5_half"))}
+         **dict.fromkeys(("mnist", "mnist-cpu", "mnist28", "fashion_mnist", "fashion_mnist28"),
+                         ("lenet5", "lenet5_half"))}
 
 
 RUN_FILES = "log.jsonl", "checkpoint.pt", "student.pt", "samples.png", "images.pt"

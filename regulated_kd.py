@@ -117,8 +117,9 @@ PRESETS = {
     "fashion_mnist": replace(MNIST, epochs=20, teacher_epochs=20, weight_decay=1e-5),
     "cifar10": CIFAR10,                                             # ResNet-34 to ResNet-18
     "cifar10-alexnet-alexnet_half": CIFAR10,
-    # [inferred] first guess for the race in benchmarks/: 40 minutes of two cores, hardly tuned
+    # [inferred] for the races in benchmarks/, not tuned; cifar10-cpu: 40 minutes of two cores
     "cifar10-cpu": replace(CIFAR10, epochs=15, teacher_epochs=15),
+    "mnist-cpu": replace(MNIST, epochs=20, teacher_epochs=20),
     # chosen among 4 by test accuracy on seed 0
     "digits": replace(MNIST, epochs=80, teacher_epochs=60, batch_size=32, teacher_batch_size=32,
                       lr_teacher=5e-3, lr_student=0.01, alpha_epochs=4.0),

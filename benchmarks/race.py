@@ -42,7 +42,10 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "rdskd": "rdskd.py --preset mnist-cpu",
         "mskd": "rdskd.py --preset mnist-cpu --diversity ms --penalty fixed",
         "zskd": "benchmarks/zskd.py --preset mnist-cpu",
-        "surrogate-leaves": "surrogate_kd.py --preset mnist-cpu --student lenet5_half",
+        "surrogate-leaves": "surrogate_kd.py --preset mnist-cpu",
+        "surrogate-noise": "surrogate_kd.py --preset mnist-cpu --surrogate noise",
+        "real-kd": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode kd",
+        "real-labels": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode ce",
     },
 }
 STAGES = {"csd": "bank", "deepinversion": "pool", "rdskd": "generator", "surrogate_kd": "pool",
