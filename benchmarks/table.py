@@ -8,19 +8,26 @@ A file in results/ holds whole runs, one after another: a start row, rows of epo
 A row with a "variant" is a measurement by itself. Runs share a row of a table if they differ in nothing but
 the seed. What a run was is read in its start row; the name of its file does not matter.
 
-Logs of the present code lie in results/ itself. Logs of an older commit lie in a folder named after it, with
+Logs of the present code lie in results/ itself; where a run left its preset is seen by the preset as it is
+now. Logs of an older commit lie in a folder named after it, with
 that commit's presets. The two never share a row, because their random streams differ.
 """
 import argparse
+import dataclasses
+import functools
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 PAGE, RESULTS = (Path(__file__).resolve().with_name(name) for name in ("README.md", "results"))
 FRONT = PAGE.parent.parent / "README.md"
 MARKERS = re.compile(r"(<!-- \w+: python benchmarks/table.py(?: --front)? -->\n).*?(<!-- end -->)", re.S)
+OF_ANY_RUN = {"dataset": None, "device": "cpu", "precision": "fp32"}   # results depend on these, too
 OLD_PRESETS = {path.parent.name: json.loads(path.read_text()) for path in RESULTS.glob("*/presets.json")}
 
 
@@ -48,6 +55,14 @@ def typed(name, value):
     return f"--{name} " + (f"{value:.10g}" if isinstance(value, float) else str(value))
 
 
+@functools.cache
+def presets_of(method):
+    """The presets as they are now: a run that was made with other numbers shows them as its flags."""
+    presets = importlib.import_module(method).PRESETS.items()
+    return {name: {key: value for key, value in sorted(dataclasses.asdict(preset).items()) if key != "seed"}
+            for name, preset in presets}
+
+
 class Group(NamedTuple):
     """What the runs in one row of a table have in common."""
     preset: str
@@ -65,13 +80,10 @@ class Group(NamedTuple):
 
 def group_of(start):
     arguments, method, made = start["arguments"], start["method"], start["made"]
-    if made:
-        usual = OLD_PRESETS[made][method][arguments["preset"]]
-        changed = {name: arguments[name] for name in usual if arguments.get(name, usual[name]) != usual[name]}
-    else:
-        changed = dict(sorted(start["changed"].items()))
-    # no settings of a method, but results depend on them
-    usual = {"dataset": arguments["preset"].partition("-")[0], "device": "cpu", "precision": "fp32"}
+    usual = OLD_PRESETS[made][method] if made else presets_of(method)
+    usual = usual[arguments["preset"]]
+    changed = {name: arguments[name] for name in usual if arguments.get(name, usual[name]) != usual[name]}
+    usual = {**OF_ANY_RUN, "dataset": arguments["preset"].partition("-")[0]}
     changed.update({name: arguments[name] for name, value in usual.items() if arguments[name] != value})
     changed = tuple((name, typed(name, value)) for name, value in changed.items())
     networks = f"{arguments['teacher']} → {arguments['student']}"
@@ -273,8 +285,8 @@ def race_tables(groups, measurements):
 
     These groups leave `groups`, so that no other table shows them.
     """
-    costs = {(row["method"], row["preset"], json.dumps(row["changed"], sort_keys=True)): row["pflop"]
-             for row in measurements if row["variant"] == "cost"}
+    costs = {(row["method"], row["preset"], *sorted(typed(*flag) for flag in row["changed"].items())):
+             row["pflop"] for row in measurements if row["variant"] == "cost"}
     races, trials = {}, []
     for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]]:
         runs, start = groups[group], groups.pop(group)[0][0]
@@ -284,7 +296,8 @@ def race_tables(groups, measurements):
             trials.append({**line, "of the validation images": f"**{of_end(runs)}**",
                            "epochs": len(epochs), "seconds": seconds(runs), **origin(runs)})
             continue
-        pflop = costs.get((group.method, group.preset, json.dumps(start["changed"], sort_keys=True)))
+        flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
+        pflop = costs.get((group.method, group.preset, *flags))
         score = mean(run[-1]["student_acc_last"] for run in runs)
         races.setdefault(arguments["dataset"], []).append((-score, {
             **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",

@@ -235,9 +235,9 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys):
 
 
 def test_rules_for_an_epoch_look_at_what_was_kept_and_name_one_each(teacher_file, in_tmp, capsys):
-    for method, more in ((cudfkd, ["--keep-epochs"]), (dafl, [])):
+    for method, more in ((cudfkd, ["--keep-epochs"]), (dafl, []), (regulated_kd, [])):
         method.main([*tiny_args(method, teacher_file, epochs=3), *more, "--out", method.__name__])
-    epochs.main(["cudfkd", "--log", "log.jsonl"])
+    epochs.main(["cudfkd", "regulated_kd", "--log", "log.jsonl"])
     row, = rows_of(".")
     scores = [each["student_acc"] for each in rows_of("cudfkd") if each["event"] == "epoch"]
     assert row["student_acc"] == scores and row["chosen"]["last"] == 2

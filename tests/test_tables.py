@@ -65,17 +65,19 @@ def test_an_old_run_that_changes_one_setting_leaves_its_row(runs):
     assert len(seen) > 150
 
 
-def test_a_new_run_never_shares_a_row_with_an_old_one_or_with_an_ablation():
-    usual = dict(dataset="digits", preset="digits", teacher="wrn16_2", student="wrn16_1",
-                 seed=0, device="cpu", precision="fp32")
+def test_a_new_run_never_shares_a_row_with_an_old_one_or_with_an_ablation(monkeypatch):
+    numbers = table.presets_of("csd")["digits"]
 
-    def group(changed={}, made="", commit="abc1234", **given):
-        start = dict(event="start", method="csd", arguments={**usual, **given}, changed=changed)
-        return table.group_of(dict(start, commit=commit, made=made))
+    def group(made="", commit="abc1234", **given):
+        arguments = {"dataset": "digits", "preset": "digits", "teacher": "wrn16_2", "student": "wrn16_1",
+                     "seed": 0, "device": "cpu", "precision": "fp32", **numbers, **given}
+        return table.group_of(dict(event="start", method="csd", arguments=arguments, commit=commit, made=made))
     default = group()
-    assert default == group(seed=1) == group(commit="")
-    assert group({"csd": 0.0, "adversarial": 1.0}) == group({"adversarial": 1.0, "csd": 0.0})
-    others = {group({"csd": 0.0}), group({"csd": 0.0, "adversarial": 1.0}), group({"raw_head": True}),
-              group({"csd": 1e-9}), group({"csd": 2e-9}), group(device="cuda"), group(precision="bf16"),
-              group(dataset="mnist"), group(student="wrn10_1"), group(made=OLD.name)}
+    assert default == group(seed=1) == group(commit="") and not default.changed
+    others = {group(csd=0.0), group(csd=0.0, adversarial=1.0), group(raw_head=True), group(csd=1e-9),
+              group(csd=2e-9), group(device="cuda"), group(precision="bf16"), group(dataset="mnist"),
+              group(student="wrn10_1"), group(made=OLD.name)}
     assert len(others) == 10 and default not in others
+    monkeypatch.setattr(table, "presets_of", lambda method: {"digits": {**numbers, "epochs": 99}})
+    assert group().flags() == f"`--epochs {numbers['epochs']}`"      # made before its preset became another
+    assert group(epochs=99).flags() == "-"
