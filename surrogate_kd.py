@@ -124,7 +124,7 @@ PRESETS = {   # a real surrogate takes DATASET-real where there is one, unless -
     "cifar10": SYNTHETIC,
     "cifar10-real": REAL,
     "cifar10-short": replace(SYNTHETIC, epochs=60),                          # [inferred]
-    # [inferred] first guesses for the races in benchmarks/: 40 or 20 minutes of two cores, hardly tuned
+    # [inferred] for the races in benchmarks/: 40 or 20 minutes of two cores; cifar10-cpu are first guesses
     "cifar10-cpu": replace(SYNTHETIC, epochs=40, batch_size=128, pool_images=20_000),
     "cifar10-cpu-real": replace(REAL, epochs=16, batch_size=128),
     "mnist-cpu": replace(MNIST, epochs=60),

@@ -2,7 +2,7 @@
 
     python benchmarks/table.py            # print the tables of benchmarks/README.md
     python benchmarks/table.py --write    # put them into that page, between its markers
-    python benchmarks/table.py --front    # print the front page's table: one row a method, on digits
+    python benchmarks/table.py --front    # print the front page's table: the races in fewer columns
 
 A file in results/ holds whole runs, one after another: a start row, rows of epochs and stages, an end row.
 A row with a "variant" is a measurement by itself. Runs share a row of a table if they differ in nothing but
@@ -338,18 +338,14 @@ def costs_table(measurements):
                       for speed in (20, 80, 160)}}
 
 
-def front_table(groups):
-    """One row a method: its digits preset as it is, from runs of the present code if there are any."""
-    found = {}
-    for group in sorted(groups, key=lambda group: (group.method, bool(group.made), -len(groups[group]))):
-        if group.preset == "digits" and not group.changed:
-            found.setdefault(group.method, group)
-    for group in found.values():
-        runs = groups[group]
-        yield {"method": f"`{group.method}`", "student, last epoch": f"**{of_end(runs)}**",
-               "teacher": f"{teacher(runs)} ({group.networks})",
-               "agreement with the teacher": of_end(runs, "agreement"), "seconds": seconds(runs),
-               **origin(runs)}
+def front_table(groups, measurements):
+    """The races in fewer columns."""
+    for title, lines in race_tables(groups, measurements).items():
+        for line in lines if title.startswith("Race on ") else []:
+            kept = ("teacher", "**student, last epoch**", "agreement with the teacher",
+                    "teacher queries, million", "seconds", "seeds")
+            yield {"data set": title.removeprefix("Race on "), "method": f"`{line['method, preset'].split(',')[0]}`",
+                   "flags": line["flags"], **{name: line[name] for name in kept}}
 
 
 def all_tables(runs, measurements):
@@ -372,7 +368,7 @@ def main(argv=None):
     parser.add_argument("--front", action="store_true", help="print the front page's table instead")
     options = parser.parse_args(argv)
     runs, measurements = read()
-    texts = {FRONT: table(front_table(grouped(runs))), PAGE: all_tables(runs, measurements)}
+    texts = {FRONT: table(front_table(grouped(runs), measurements)), PAGE: all_tables(runs, measurements)}
     if not options.write:
         print(texts[FRONT if options.front else PAGE], end="")
         return
