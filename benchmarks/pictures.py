@@ -24,6 +24,7 @@ from statistics import mean
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import table
 from common import BadInput, Parser, command_line, load_dataset, read_file, save_samples
 
 
@@ -165,21 +166,23 @@ def side_by_side(runs, each=4):
 def race(log):
     """-> a matplotlib Figure: test error against seconds, and against teacher queries, a line a row"""
     from matplotlib.figure import Figure
-    lines = {}                                      # {row: [a seed's (seconds, queries, error) by epoch]}
+    lines = {}                                      # {name: [a seed's (seconds, queries, error) by epoch]}
     for run in read_runs(log):
         points, spent = [], 0.0
         for row in run:
             spent += sum(value for name, value in row.items() if name.startswith("seconds_"))
             if row["event"] == "epoch":
                 points.append((spent, row["teacher_queries"], 100 - 100 * row["student_acc"]))
-        lines.setdefault(Path(run[0]["arguments"]["out"]).name.rpartition("-seed")[0], []).append(points)
+        group = table.group_of({**run[0], "made": ""})
+        name = " ".join([group.method, *(flag for name, flag in group.changed if name != "dataset")])
+        lines.setdefault(name, []).append(points)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for place, axes in enumerate((left, right)):
-        for row, runs in lines.items():
+        for name, runs in lines.items():
             x, errors = ([[run[epoch][which] for run in runs] for epoch in range(len(runs[0]))]
                          for which in (place, 2))                            # a list of seeds an epoch
-            line, = axes.plot([*map(mean, x)], [*map(mean, errors)], label=f"{row}, seeds: {len(runs)}",
+            line, = axes.plot([*map(mean, x)], [*map(mean, errors)], label=f"{name}, seeds: {len(runs)}",
                               marker=".", markersize=3, linewidth=1)
             axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.2,
                               color=line.get_color(), linewidth=0)

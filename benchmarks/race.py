@@ -4,10 +4,10 @@
     python benchmarks/race.py cifar10 --only csd cudfkd  # some rows
     python benchmarks/race.py cifar10 --list             # what is finished, begun, still to do
 
-A run that stands in the logs of results/ is skipped. One that was killed goes on from its last epoch:
-call the same command again. A run that ends is added to results/race-NAME.jsonl; that file is to be
-committed, and `python benchmarks/table.py --write` puts it into the tables. The rows and their commands
-are the table RACES below; the protocol is in benchmarks/README.md.
+A run that stands in the logs of results/ is skipped, unless its preset has become another since. One that
+was killed goes on from its last epoch: call the same command again. A run that ends is added to
+results/race-NAME.jsonl; that file is to be committed, and `python benchmarks/table.py --write` puts it into
+the tables. The rows and their commands are the table RACES below; the protocol is in benchmarks/README.md.
 """
 import json
 import subprocess
@@ -67,6 +67,12 @@ def ended(rows):
     return bool(rows) and rows[-1]["event"] == "end"
 
 
+def counts(run):
+    """Has this logged run ended, and is its preset still what it was?"""
+    changed = {name for name, _ in table.group_of(run[0]).changed} - {*table.OF_ANY_RUN}
+    return ended(run) and changed == {*run[0]["changed"]}
+
+
 @command_line
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
@@ -84,7 +90,8 @@ def main(argv=None):
     if not options.list and not (ROOT / teacher).exists():
         raise BadInput(f"the race's teacher is not there; train it with: python common.py --model {network} "
                        f"--dataset {dataset} --out {teacher}")
-    logged = {run[0]["arguments"]["out"] for run in table.read()[0] if ended(run)}
+    logged = {run[0]["arguments"]["out"] for run in table.read()[0]
+              if not run[0]["made"] and counts(run)}
     for seed in options.seeds:
         for row in options.only or commands:
             name = f"race-{options.race}/{row}-seed{seed}"
