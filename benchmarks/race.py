@@ -63,14 +63,12 @@ def rows_of(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def ended(rows):
-    return bool(rows) and rows[-1]["event"] == "end"
-
-
 def counts(run):
-    """Has this logged run ended, and is its preset still what it was?"""
-    changed = {name for name, _ in table.group_of(run[0]).changed} - {*table.OF_ANY_RUN}
-    return ended(run) and changed == {*run[0]["changed"]}
+    """Has this run ended, and is its preset still what it was?"""
+    if not run or run[-1]["event"] != "end":
+        return False
+    changed = {name for name, _ in table.group_of({"made": "", **run[0]}).changed}
+    return changed - {*table.OF_ANY_RUN} == {*run[0]["changed"]}
 
 
 @command_line
@@ -100,7 +98,7 @@ def main(argv=None):
             print(f"{row:>20s}  seed {seed}  {state}", flush=True)
             if options.list or out in logged:
                 continue
-            if not ended(rows_of(out)):
+            if not counts(rows_of(out)):
                 flags += own_stage(Path(script).stem, f"checkpoints/{name}.pt")
                 command = [sys.executable, script, *flags, "--teacher", teacher, "--seed", str(seed),
                            "--threads", "2", "--keep-epochs", "--out", out, "--resume"]
