@@ -114,6 +114,10 @@ def events(runs, event):
     return [row for run in runs for row in run if row["event"] == event]
 
 
+def collapsed(runs):
+    return f"{sum(bool(events([run], 'collapse')) for run in runs)} of {len(runs)}"
+
+
 def teacher(runs):
     """One figure where all seeds have the same teacher, else every figure."""
     return ", ".join(sorted({of_end([run], "teacher_acc") for run in runs}))
@@ -151,7 +155,6 @@ def main_table(groups):
             continue
         last = [events([run], "epoch")[-1] for run in runs]
         labels = [row["target_acc"] for row in last if "target_acc" in row]
-        collapsed = sum(bool(events([run], "collapse")) for run in runs)
         # some of these runs took their bank from another run, and one ran beside other work
         unfair = group.made == "c07d91b" and group.method == "csd" and group.changed
         yield {"method, preset": group.name, "flags": group.flags(),
@@ -161,7 +164,7 @@ def main_table(groups):
                "agreement with the teacher": of_end(runs, "agreement"),
                "calibration error": of_end(runs, "ece"),
                "labels the teacher agrees with": spread(labels) if labels else "-",
-               "runs with a collapse": f"{collapsed} of {len(runs)}",
+               "runs with a collapse": collapsed(runs),
                "seconds": "-" if unfair else seconds(runs), **origin(runs)}
 
 
@@ -303,6 +306,7 @@ def race_tables(groups, measurements):
             **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
             "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
             "agreement with the teacher": of_end(runs, "agreement"), "calibration error": of_end(runs, "ece"),
+            "runs with a collapse": collapsed(runs),
             "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
             "PFLOP": "-" if pflop is None else f"{pflop:.2f}", "seconds": seconds(runs), **origin(runs)}))
     found = {f"Race on {dataset}": [line for _, line in sorted(lines, key=lambda pair: pair[0])]
@@ -342,7 +346,7 @@ def front_table(groups, measurements):
     """The races in fewer columns."""
     for title, lines in race_tables(groups, measurements).items():
         for line in lines if title.startswith("Race on ") else []:
-            kept = ("teacher", "**student, last epoch**", "agreement with the teacher",
+            kept = ("teacher", "**student, last epoch**", "agreement with the teacher", "runs with a collapse",
                     "teacher queries, million", "seconds", "seeds")
             yield {"data set": title.removeprefix("Race on "), "method": f"`{line['method, preset'].split(',')[0]}`",
                    "flags": line["flags"], **{name: line[name] for name in kept}}
