@@ -2,7 +2,7 @@
 
     python benchmarks/race.py cifar10                    # seed 0 of every row first, then the other seeds
     python benchmarks/race.py cifar10 --only csd cudfkd  # some rows
-    python benchmarks/race.py cifar10 --list             # what is finished, begun, still to do
+    python benchmarks/race.py cifar10 --list             # what is finished, begun, to do, and its command
 
 A run that stands in the logs of results/ is skipped, unless its preset has become another since. One that
 was killed goes on from its last epoch: call the same command again. A run that ends is added to
@@ -77,7 +77,7 @@ def main(argv=None):
     parser.add_argument("race", choices=[*RACES])
     parser.add_argument("--only", nargs="+", metavar="ROW", help="some rows [all]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
-    parser.add_argument("--list", action="store_true", help="say what is done, and stop")
+    parser.add_argument("--list", action="store_true", help="say what is done and by which command, and stop")
     options = parser.parse_args(argv)
     commands, failed = RACES[options.race], []
     for row in options.only or []:
@@ -95,13 +95,13 @@ def main(argv=None):
             name = f"race-{options.race}/{row}-seed{seed}"
             out, (script, *flags) = f"runs/{name}", commands[row].split()
             state = "finished" if out in logged else "begun" if rows_of(out) else "to do"
-            print(f"{row:>20s}  seed {seed}  {state}", flush=True)
+            flags += ["--teacher", teacher, "--seed", str(seed), "--threads", "2"]
+            print(f"{row:>20s}  seed {seed}  {state:8s}  python {script} {' '.join(flags)}", flush=True)
             if options.list or out in logged:
                 continue
             if not counts(rows_of(out)):
                 flags += own_stage(Path(script).stem, f"checkpoints/{name}.pt")
-                command = [sys.executable, script, *flags, "--teacher", teacher, "--seed", str(seed),
-                           "--threads", "2", "--keep-epochs", "--out", out, "--resume"]
+                command = [sys.executable, script, *flags, "--keep-epochs", "--out", out, "--resume"]
                 if subprocess.run(command, cwd=ROOT).returncode:
                     failed.append(f"{row} of seed {seed}")
                     continue
