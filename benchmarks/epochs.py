@@ -4,17 +4,19 @@
     python benchmarks/epochs.py runs/kept [MORE_RUN_FOLDERS ...] --log benchmarks/results/epochs.jsonl
 
 A run with --keep-epochs keeps the student of each epoch and up to 200 of its last images. Each rule below
-looks at them and names one epoch; the test scores of the log then say what the choice was worth, beside the
-last epoch and beside the best, which only the test set can name.
+looks at them and names one epoch, among equals the first; the test scores of the log then say what the choice
+was worth, beside the last epoch and beside the best, which only the test set can name.
 
     last             the last epoch, what the scripts report
     kd-loss          the smallest distillation loss in the log
     agreement        the student that agrees most often with the teacher on the images of all epochs
-    agreement-leaves the same on 2,000 dead leaves, pictures of surrogate_kd.py that no run was shown
+    agreement-leaves the same on 2,000 fresh dead leaves of surrogate_kd.py, which no run was shown; for a
+                     run on leaves they are of the kind that it learned from
     entropy          the epoch whose images the teacher is most certain of (least mean entropy)
     bn-distance      the epoch whose images are nearest to what the teacher's BatchNorm layers remember:
                      CSD's bn_loss. Not for a teacher without BatchNorm
 """
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -25,8 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import surrogate_kd
 from common import (BadInput, DataSpec, ImageSet, Parser, agreement, batchnorms, build_model, command_line,
-                    frozen, normalize, number_type, predict, read_classifier, read_file, recorded_statistics,
-                    scoring, seeded)
+                    frozen, is_file_name, normalize, number_type, predict, read_classifier, read_file,
+                    recorded_statistics, scoring, seeded, teacher_path)
 from csd import bn_loss
 from pictures import read_log
 
@@ -49,14 +51,15 @@ def bn_distance(teacher, pixels, data):
                          [(layer.running_mean, layer.running_var) for layer in layers]))
 
 
-def measures(folder, rows, images_of_leaves):
+def measures(folder, rows):
     """-> {rule: a number an epoch, the largest is chosen}"""
-    teacher, data = load(rows[0]["arguments"]["teacher"])
+    name = rows[0]["arguments"]["teacher"]
+    teacher, data = load(name if is_file_name(name) else teacher_path(rows[0]["arguments"]["dataset"], name))
     student, _ = load(Path(folder, "student.pt"))
     epochs = [row["epoch"] for row in rows if row["event"] == "epoch"]
     kept = [read_file(Path(folder, f"epochs/{epoch}.pt"), "student of --keep-epochs") for epoch in epochs]
     own = ImageSet(torch.cat([each["pixels"] for each in kept]), None)
-    leaves = ImageSet(images_of_leaves(data), None)
+    leaves = ImageSet(leaves_for(data), None)
     found = {"last": epochs, "kd-loss": [-row["loss_kd"] for row in rows if row["event"] == "epoch"]}
     for rule, images in (("agreement", own), ("agreement-leaves", leaves)):
         answers, found[rule] = predict(teacher, images, data), []
@@ -70,6 +73,7 @@ def measures(folder, rows, images_of_leaves):
     return found
 
 
+@functools.cache
 def leaves_for(data):
     """2,000 dead leaves, as strokes where images are grey, drawn with a seed that no run of ours has.
 
@@ -90,7 +94,6 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    drawn = {}
     for folder in options.runs:
         rows = read_log(folder)
         if rows[0]["method"] == "regulated_kd":
@@ -98,8 +101,9 @@ def main(argv=None):
             continue
         scores = [row["student_acc"] for row in rows if row["event"] == "epoch"]
         if rows[-1]["event"] != "end" or None in scores or not Path(folder, "epochs").is_dir():
-            raise BadInput(f"{folder} is no finished run with --keep-epochs and a score in each epoch")
-        found = measures(folder, rows, lambda data: drawn.setdefault(data, leaves_for(data)))
+            raise BadInput(f"{folder} is no finished run with --keep-epochs and a score in each epoch; name "
+                           "those that are")
+        found = measures(folder, rows)
         chosen = {rule: max(range(len(scores)), key=values.__getitem__) for rule, values in found.items()}
         arguments = rows[0]["arguments"]
         row = dict(variant="epochs", method=rows[0]["method"], changed=rows[0]["changed"],

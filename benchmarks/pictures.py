@@ -11,8 +11,8 @@
                    did, and which were needed most and least.
     side-by-side   runs on one data set: images of each run in a block of columns, a row a class. Of
                    regulated_kd.py, which makes none, the real images that were needed most.
-    race           the log of a race: test error after so many seconds and so many teacher queries, a line
-                   a row, the mean over its seeds between the least and the most.
+    race           the log of a race: test error after so many seconds of synthesis and training, and so
+                   many teacher queries; a line a row, the mean over its seeds between least and most.
 """
 import functools
 import json
@@ -171,23 +171,25 @@ def race(log):
         points, spent = [], 0.0
         for row in run:
             spent += sum(value for name, value in row.items() if name.startswith("seconds_"))
-            if row["event"] == "epoch":
+            if row["event"] == "epoch" and row["student_acc"] is not None:
                 points.append((spent, row["teacher_queries"], 100 - 100 * row["student_acc"]))
         group = table.group_of({**run[0], "made": ""})
         name = " ".join([group.method, *(flag for name, flag in group.changed if name != "dataset")])
         lines.setdefault(name, []).append(points)
+    lines = dict(sorted(lines.items(), key=lambda line: mean(points[-1][2] for points in line[1])))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
     for place, axes in enumerate((left, right)):
         for name, runs in lines.items():
-            x, errors = ([[run[epoch][which] for run in runs] for epoch in range(len(runs[0]))]
+            x, errors = ([[point[which] for point in points] for points in zip(*runs)]
                          for which in (place, 2))                            # a list of seeds an epoch
-            line, = axes.plot([*map(mean, x)], [*map(mean, errors)], label=f"{name}, seeds: {len(runs)}",
+            line, = axes.plot([*map(mean, x)], [*map(mean, errors)], label=f"{name}, runs: {len(runs)}",
                               marker=".", markersize=3, linewidth=1)
             axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.2,
                               color=line.get_color(), linewidth=0)
         axes.grid(alpha=0.3)
-    left.set(xlabel="seconds", xscale="log", ylabel="student's test error, %", yscale="log",
+    left.set(xlabel="seconds of synthesis and training", xscale="log", ylabel="student's test error, %", yscale="log",
              yticks=[1, 2, 5, 10, 20, 50, 100])
     right.set(xlabel="teacher queries", xscale="log")
     for axes in (left, right):

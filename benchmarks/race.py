@@ -4,10 +4,12 @@
     python benchmarks/race.py cifar10 --only csd cudfkd  # some rows
     python benchmarks/race.py cifar10 --list             # what is finished, begun, to do, and its command
 
-A run that stands in the logs of results/ is skipped, unless its preset has become another since. One that
-was killed goes on from its last epoch: call the same command again. A run that ends is added to
-results/race-NAME.jsonl; that file is to be committed, and `python benchmarks/table.py --write` puts it into
-the tables. The rows and their commands are the table RACES below; the protocol is in benchmarks/README.md.
+A run that stands in the logs of results/ is skipped, unless its preset has become another since: then move
+runs/race-NAME/ROW-seedN and its file in checkpoints/race-NAME/ away first. --list prints a row's command, to
+repeat it by itself. A run that was killed goes on from its last epoch: call the same again. A run that ends
+is added to results/race-NAME.jsonl; that file is to be committed, and `python benchmarks/table.py --write`
+puts it into the tables. The rows are the table RACES below; one whose flags change gets another name. The
+protocol is in benchmarks/README.md.
 """
 import json
 import subprocess

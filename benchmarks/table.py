@@ -320,8 +320,10 @@ def epochs_table(measurements):
     for row in measurements:
         if row["variant"] == "epochs":
             for rule, epoch in row["chosen"].items():
-                found.setdefault((row["dataset"], rule), []).append((row["student_acc"], epoch))
+                runs = found.setdefault((row["dataset"], rule), {})
+                runs[row["method"], row["out"]] = row["student_acc"], epoch          # of a run the last row
     for (dataset, rule), runs in found.items():
+        runs = [*runs.values()]
         gains = [scores[epoch] - scores[-1] for scores, epoch in runs]
         signs = [(gain > 0) - (gain < 0) for gain in gains]
         yield {"data set": dataset, "rule": rule, "runs": len(runs),
