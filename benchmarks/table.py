@@ -302,15 +302,17 @@ def race_tables(groups, measurements):
         flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
         pflop = costs.get((group.method, group.preset, *flags))
         score = mean(run[-1]["student_acc_last"] for run in runs)
-        races.setdefault(arguments["dataset"], []).append((-score, {
+        earlier = {name for name, _ in group.changed} - {*OF_ANY_RUN} != {*start["changed"]}
+        title = f"Race on {arguments['dataset']}" + ", with earlier presets" * earlier
+        races.setdefault(title, []).append((-score, {
             **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
             "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
             "agreement with the teacher": of_end(runs, "agreement"), "calibration error": of_end(runs, "ece"),
             "runs with a collapse": collapsed(runs),
             "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
-            "PFLOP": "-" if pflop is None else f"{pflop:.2f}", "seconds": seconds(runs), **origin(runs)}))
-    found = {f"Race on {dataset}": [line for _, line in sorted(lines, key=lambda pair: pair[0])]
-             for dataset, lines in sorted(races.items())}
+            "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}", "seconds": seconds(runs), **origin(runs)}))
+    found = {title: [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+             for title, lines in sorted(races.items())}
     return {**found, **({"Trials on validation images": trials} if trials else {})}
 
 
@@ -347,7 +349,7 @@ def costs_table(measurements):
 def front_table(groups, measurements):
     """The races in fewer columns."""
     for title, lines in race_tables(groups, measurements).items():
-        for line in lines if title.startswith("Race on ") else []:
+        for line in lines if re.fullmatch(r"Race on \w+", title) else []:
             kept = ("teacher", "**student, last epoch**", "agreement with the teacher", "runs with a collapse",
                     "teacher queries, million", "seconds", "seeds")
             yield {"data set": title.removeprefix("Race on "), "method": f"`{line['method, preset'].split(',')[0]}`",
