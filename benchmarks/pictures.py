@@ -189,8 +189,8 @@ def race(log):
             axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.2,
                               color=line.get_color(), linewidth=0)
         axes.grid(alpha=0.3)
-    left.set(xlabel="seconds of synthesis and training", xscale="log", ylabel="student's test error, %", yscale="log",
-             yticks=[1, 2, 5, 10, 20, 50, 100])
+    left.set(xlabel="seconds of synthesis and training", xscale="log", yscale="log",
+             ylabel="student's test error, %", yticks=[1, 2, 5, 10, 20, 50, 100])
     right.set(xlabel="teacher queries", xscale="log")
     for axes in (left, right):
         axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -310,7 +310,8 @@ def race_tables(groups, measurements):
             "agreement with the teacher": of_end(runs, "agreement"), "calibration error": of_end(runs, "ece"),
             "runs with a collapse": collapsed(runs),
             "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
-            "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}", "seconds": seconds(runs), **origin(runs)}))
+            "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}",
+            "seconds": seconds(runs), **origin(runs)}))
     found = {title: [line for _, line in sorted(lines, key=lambda pair: pair[0])]
              for title, lines in sorted(races.items())}
     return {**found, **({"Trials on validation images": trials} if trials else {})}
@@ -350,10 +351,11 @@ def front_table(groups, measurements):
     """The races in fewer columns."""
     for title, lines in race_tables(groups, measurements).items():
         for line in lines if re.fullmatch(r"Race on \w+", title) else []:
-            kept = ("teacher", "**student, last epoch**", "agreement with the teacher", "runs with a collapse",
-                    "teacher queries, million", "seconds", "seeds")
-            yield {"data set": title.removeprefix("Race on "), "method": f"`{line['method, preset'].split(',')[0]}`",
-                   "flags": line["flags"], **{name: line[name] for name in kept}}
+            kept = ("flags", "teacher", "**student, last epoch**", "agreement with the teacher",
+                    "runs with a collapse", "teacher queries, million", "seconds", "seeds")
+            method = line["method, preset"].partition(",")[0]
+            yield {"data set": title.removeprefix("Race on "), "method": f"`{method}`",
+                   **{name: line[name] for name in kept}}
 
 
 def all_tables(runs, measurements):

@@ -71,7 +71,8 @@ def test_a_new_run_never_shares_a_row_with_an_old_one_or_with_an_ablation(monkey
     def group(made="", commit="abc1234", **given):
         arguments = {"dataset": "digits", "preset": "digits", "teacher": "wrn16_2", "student": "wrn16_1",
                      "seed": 0, "device": "cpu", "precision": "fp32", **numbers, **given}
-        return table.group_of(dict(event="start", method="csd", arguments=arguments, commit=commit, made=made))
+        start = dict(event="start", method="csd", arguments=arguments, commit=commit, made=made)
+        return table.group_of(start)
     default = group()
     assert default == group(seed=1) == group(commit="") and not default.changed
     others = {group(csd=0.0), group(csd=0.0, adversarial=1.0), group(raw_head=True), group(csd=1e-9),
