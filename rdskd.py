@@ -104,7 +104,7 @@ PRESETS = {
     "cifar10-cpu": replace(CIFAR10, epochs=20, student_steps=100, batch_size=256, generator_epochs=10,
                            generator_steps=60, synthesis_batch_size=256, generator_width=32,
                            student_optimizer="sgd", lr_student=0.1, weight_decay=5e-4, schedule="cosine"),
-    "mnist-cpu": replace(MNIST, epochs=30, batch_size=256, schedule="cosine", generator_epochs=20,
+    "mnist-cpu": replace(MNIST, epochs=30, batch_size=256, schedule="cosine", generator_epochs=5,
                          synthesis_batch_size=256, generator_width=32),
     # [inferred], chosen among 13 by test accuracy on seeds 0 and 1
     "digits": replace(MNIST, epochs=16, batch_size=128, student_optimizer="sgd", lr_student=0.1,
