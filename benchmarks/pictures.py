@@ -165,6 +165,7 @@ def side_by_side(runs, each=4):
 
 def race(log):
     """-> a matplotlib Figure: test error against seconds, and against teacher queries, a line a row"""
+    import matplotlib
     from matplotlib.figure import Figure
     lines = {}                                      # {name: [a seed's (seconds, queries, error) by epoch]}
     for run in read_runs(log):
@@ -181,6 +182,7 @@ def race(log):
     figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
     for place, axes in enumerate((left, right)):
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
         for name, runs in lines.items():
             x, errors = ([[point[which] for point in points] for points in zip(*runs)]
                          for which in (place, 2))                            # a list of seeds an epoch
