@@ -100,7 +100,7 @@ PRESETS = {
     "mnist": MNIST,
     "mnist-short": replace(MNIST, epochs=20, batch_size=128, schedule="cosine", synthesis_batch_size=128,
                            generator_width=32),                                         # [inferred] for a CPU
-    # [inferred] first guesses for the races in benchmarks/: 40 or 20 minutes of two cores
+    # [inferred] for the races in benchmarks/: 40 or 20 minutes of two cores; cifar10-cpu is a first guess
     "cifar10-cpu": replace(CIFAR10, epochs=20, student_steps=100, batch_size=256, generator_epochs=10,
                            generator_steps=60, synthesis_batch_size=256, generator_width=32,
                            student_optimizer="sgd", lr_student=0.1, weight_decay=5e-4, schedule="cosine"),

@@ -13,6 +13,7 @@
                    regulated_kd.py, which makes none, the real images that were needed most.
     race           the log of a race: test error after so many seconds of synthesis and training, and so
                    many teacher queries; a line a row, the mean over its seeds between least and most.
+                   A row that asks the teacher nothing is on the left alone.
 """
 import functools
 import json
@@ -172,8 +173,10 @@ def race(log):
         points, spent = [], 0.0
         for row in run:
             spent += sum(value for name, value in row.items() if name.startswith("seconds_"))
-            if row["event"] == "epoch" and row["student_acc"] is not None:
+            if row["event"] == "epoch" and row.get("student_acc") is not None and "teacher_queries" in row:
                 points.append((spent, row["teacher_queries"], 100 - 100 * row["student_acc"]))
+        if not points:
+            raise BadInput(f"{log} has a run without a scored epoch; name the log of a race")
         group = table.group_of({**run[0], "made": ""})
         name = " ".join([group.method, *(flag for name, flag in group.changed if name != "dataset")])
         lines.setdefault(name, []).append(points)

@@ -230,6 +230,7 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys):
         method.main([*tiny_args(method, teacher_file), "--out", out])
     logs = [(in_tmp / "runs" / name / "log.jsonl").read_text() for name in ("a-seed0", "a-seed1", "b-seed0")]
     (in_tmp / "race.jsonl").write_text("".join(logs))
+    (in_tmp / "begun.jsonl").write_text(logs[0].splitlines()[0])
     pictures.main(["race", "race.jsonl", "--out", "picture.png"])
     two, one = sorted(pictures.race("race.jsonl").axes[1].lines, key=lambda line: line.get_label())
     assert two.get_label().startswith("cudfkd ") and two.get_label().endswith("runs: 2")
@@ -238,7 +239,8 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys):
     assert one.get_xdata()[-1] == last["teacher_queries"]
     near(one.get_ydata()[-1], 100 - 100 * last["student_acc_last"])
     for command, said in (("curriculum regulated_kd", "no run of cudfkd"), ("regulation cudfkd", "not of"),
-                          ("curriculum nowhere", "not a runs log"), ("regulation a b", "draws one run")):
+                          ("curriculum nowhere", "not a runs log"),
+                          ("race begun.jsonl", "without a scored"), ("regulation a b", "draws one run")):
         assert said in refused(pictures, [*command.split(), "--out", "no.png"], capsys)
 
 
