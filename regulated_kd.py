@@ -118,7 +118,7 @@ PRESETS = {
     "cifar10": CIFAR10,                                             # ResNet-34 to ResNet-18
     "cifar10-alexnet-alexnet_half": CIFAR10,
     # [inferred] for the races in benchmarks/, not tuned; cifar10-cpu: 40 minutes of two cores
-    "cifar10-cpu": replace(CIFAR10, epochs=15, teacher_epochs=15),
+    "cifar10-cpu": replace(CIFAR10, epochs=12, teacher_epochs=12),
     "mnist-cpu": replace(MNIST, epochs=20, teacher_epochs=20),
     # chosen among 4 by test accuracy on seed 0
     "digits": replace(MNIST, epochs=80, teacher_epochs=60, batch_size=32, teacher_batch_size=32,
