@@ -1064,7 +1064,7 @@ def set_up_device(options):
     if wanted == "cpu" and options.precision == "tf32":
         raise BadInput("tf32 is for CUDA; leave it out on a CPU")
     if wanted != "cpu":
-        torch.cuda.set_device(options.device)
+        torch.cuda.set_device(int(wanted.partition(":")[2] or 0))
     if options.threads:
         torch.set_num_threads(options.threads)
     options.threads = torch.get_num_threads()

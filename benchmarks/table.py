@@ -286,18 +286,23 @@ def any_teacher_table(measurements):
 def race_tables(groups, measurements):
     """-> {title: rows}: the runs of benchmarks/race.py by data set, and the trials that chose their settings.
 
-    These groups leave `groups`, so that no other table shows them.
+    These groups leave `groups`, so that no other table shows them. Runs on a CPU and on a GPU share a row: a
+    race counts steps. Its seconds are those of a CPU; on a GPU many runs share the card.
     """
     costs = {(row["method"], row["preset"], *sorted(typed(*flag) for flag in row["changed"].items())):
              row["pflop"] for row in measurements if row["variant"] == "cost"}
-    races, trials = {}, []
-    for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]]:
-        runs, start = groups[group], groups.pop(group)[0][0]
+    races, trials, merged = {}, [], {}
+    for group in [group for group in groups if group.preset.split("-")[1:2] == ["cpu"]]:
+        changed = (pair for pair in group.changed if pair[0] != "device" and "tf32" not in pair[1])
+        merged.setdefault(group._replace(changed=tuple(changed)), []).extend(groups.pop(group))
+    for group, runs in merged.items():
+        runs, start = sorted(runs, key=lambda run: run[0]["arguments"]["seed"]), runs[0][0]
         arguments, line = start["arguments"], {"method, preset": group.name, "flags": group.flags("dataset")}
-        epochs = events(runs[:1], "epoch")
+        of_cpu = [run for run in runs if run[0]["arguments"]["device"] == "cpu"]
+        time = {"seconds of two cores": seconds(of_cpu) if of_cpu else "-"}
         if arguments["dataset"].endswith("-val"):
             trials.append({**line, "of the validation images": f"**{of_end(runs)}**",
-                           "epochs": len(epochs), "seconds": seconds(runs), **origin(runs)})
+                           "epochs": len(events(runs[:1], "epoch")), **time, **origin(runs)})
             continue
         flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
         pflop = costs.get((group.method, group.preset, *flags))
@@ -311,7 +316,7 @@ def race_tables(groups, measurements):
             "runs with a collapse": collapsed(runs),
             "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
             "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}",
-            "seconds": seconds(runs), **origin(runs)}))
+            **time, **origin(runs)}))
     found = {title: [line for _, line in sorted(lines, key=lambda pair: pair[0])]
              for title, lines in sorted(races.items())}
     return {**found, **({"Trials on validation images": trials} if trials else {})}
@@ -352,7 +357,7 @@ def front_table(groups, measurements):
     for title, lines in race_tables(groups, measurements).items():
         for line in lines if re.fullmatch(r"Race on \w+", title) else []:
             kept = ("flags", "teacher", "**student, last epoch**", "agreement with the teacher",
-                    "runs with a collapse", "teacher queries, million", "seconds", "seeds")
+                    "runs with a collapse", "teacher queries, million", "seconds of two cores", "seeds")
             method = line["method, preset"].partition(",")[0]
             yield {"data set": title.removeprefix("Race on "), "method": f"`{method}`",
                    **{name: line[name] for name in kept}}
