@@ -105,9 +105,9 @@ PRESETS = {
     "svhn": CIFAR10,                             # [inferred]; the data set's DataSpec has no crop and no flip
     # [inferred] for a first look: 1/50 of the authors' stage 1 and 1/100 of their student steps
     "cifar10-short": replace(CIFAR10, bank_rounds=20, bank_synthesis_steps=200, epochs=10, student_steps=200),
-    # [inferred] for the races in benchmarks/, the first a guess. LeNet-5's half diverges at rate 0.1
-    "cifar10-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=10, bank_synthesis_steps=60, bn=0.3,
-                           synthesis_steps=40, lr_generator=3e-3, epochs=10, student_steps=150),
+    # [inferred] for the races in benchmarks/. LeNet-5's half diverges at rate 0.1
+    "cifar10-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=20, bank_synthesis_steps=30,
+                           synthesis_steps=20, lr_generator=3e-3, epochs=10, student_steps=235),
     "mnist-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=80, bank_synthesis_steps=15,
                          synthesis_steps=15, lr_generator=3e-3, epochs=20, student_steps=400,
                          lr_student=0.01),

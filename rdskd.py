@@ -100,12 +100,13 @@ PRESETS = {
     "mnist": MNIST,
     "mnist-short": replace(MNIST, epochs=20, batch_size=128, schedule="cosine", synthesis_batch_size=128,
                            generator_width=32),                                         # [inferred] for a CPU
-    # [inferred] for the races in benchmarks/: 40 or 20 minutes of two cores; cifar10-cpu is a first guess
-    "cifar10-cpu": replace(CIFAR10, epochs=20, student_steps=100, batch_size=256, generator_epochs=10,
+    # [inferred] for the races in benchmarks/: 40 or 20 minutes of two cores
+    "cifar10-cpu": replace(CIFAR10, epochs=33, student_steps=200, batch_size=64, generator_epochs=10,
                            generator_steps=60, synthesis_batch_size=256, generator_width=32,
-                           student_optimizer="sgd", lr_student=0.1, weight_decay=5e-4, schedule="cosine"),
+                           student_optimizer="sgd", lr_student=0.1, weight_decay=5e-4, schedule="cosine",
+                           temperature=20.0),
     "mnist-cpu": replace(MNIST, epochs=30, batch_size=256, schedule="cosine", generator_epochs=5,
-                         synthesis_batch_size=256, generator_width=32),
+                         synthesis_batch_size=256, generator_width=32, lr_generator=3e-4),
     # [inferred], chosen among 13 by test accuracy on seeds 0 and 1
     "digits": replace(MNIST, epochs=16, batch_size=128, student_optimizer="sgd", lr_student=0.1,
                       weight_decay=5e-4, schedule="cosine", generator_epochs=4, generator_steps=30,

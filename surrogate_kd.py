@@ -124,9 +124,10 @@ PRESETS = {   # a real surrogate takes DATASET-real where there is one, unless -
     "cifar10": SYNTHETIC,
     "cifar10-real": REAL,
     "cifar10-short": replace(SYNTHETIC, epochs=60),                          # [inferred]
-    # [inferred] for the races in benchmarks/: 40 or 20 minutes of two cores; cifar10-cpu are first guesses
-    "cifar10-cpu": replace(SYNTHETIC, epochs=40, batch_size=128, pool_images=20_000),
-    "cifar10-cpu-real": replace(REAL, epochs=16, batch_size=128),
+    # [inferred] for the races in benchmarks/: 40 or 20 minutes of two cores
+    "cifar10-cpu": replace(SYNTHETIC, surrogate="random-generator", epochs=27, batch_size=128,
+                           pool_images=20_000, pool_budget=2),
+    "cifar10-cpu-real": replace(REAL, epochs=12, batch_size=128, temperature=10.0, randaugment=0, mixup=False),
     "mnist-cpu": replace(MNIST, epochs=60),
     "cifar100": SYNTHETIC,
     "cifar100-real": replace(REAL, surrogate="cifar10"),

@@ -31,7 +31,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "rdskd": "rdskd.py --preset cifar10-cpu",
         "surrogate-cifar100":
             "surrogate_kd.py --preset cifar10-cpu-real --surrogate folder:data/cifar100-jpeg",
-        "surrogate-leaves": "surrogate_kd.py --preset cifar10-cpu --surrogate leaves",
+        "surrogate-generator": "surrogate_kd.py --preset cifar10-cpu",
         "surrogate-noise": "surrogate_kd.py --preset cifar10-cpu --surrogate noise",
         "real-kd": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode kd",
         "real-regulated": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode regulated",
