@@ -11,11 +11,13 @@
                    did, and which were needed most and least.
     side-by-side   runs on one data set: images of each run in a block of columns, a row a class. Of
                    regulated_kd.py, which makes none, the real images that were needed most.
-    race           the log of a race: test error after so many seconds of synthesis and training, and so
-                   many teacher queries; a line a row, the mean over its seeds between least and most.
-                   A row that asks the teacher nothing is on the left alone.
+    race           the log of a race: test error after so many seconds of two cores, and so many teacher
+                   queries; a line a row, the mean over its seeds between least and most. Runs on a GPU
+                   are not in the seconds, runs that ask the teacher nothing not in the queries, runs
+                   of earlier presets in neither.
 """
 import functools
+import itertools
 import json
 import sys
 import tempfile
@@ -166,41 +168,51 @@ def side_by_side(runs, each=4):
 
 def race(log):
     """-> a matplotlib Figure: test error against seconds, and against teacher queries, a line a row"""
-    import matplotlib
+    import matplotlib.ticker
     from matplotlib.figure import Figure
     lines = {}                                      # {name: [a seed's (seconds, queries, error) by epoch]}
     for run in read_runs(log):
-        points, spent = [], 0.0
+        start = {**run[0], "made": ""}
+        if table.of_earlier_preset(start):
+            continue
+        points, spent, on_cpu = [], 0.0, run[0]["arguments"]["device"] == "cpu"
         for row in run:
             spent += sum(value for name, value in row.items() if name.startswith("seconds_"))
             if row["event"] == "epoch" and row.get("student_acc") is not None and "teacher_queries" in row:
-                points.append((spent, row["teacher_queries"], 100 - 100 * row["student_acc"]))
+                time = spent if on_cpu else None                 # on a GPU many runs may have shared the card
+                points.append((time, row["teacher_queries"], 100 - 100 * row["student_acc"]))
         if not points:
             raise BadInput(f"{log} has a run without a scored epoch; name the log of a race")
-        group = table.group_of({**run[0], "made": ""})
+        group = table.race_group(start)
         name = " ".join([group.method, *(flag for name, flag in group.changed if name != "dataset")])
         lines.setdefault(name, []).append(points)
     lines = dict(sorted(lines.items(), key=lambda line: mean(points[-1][2] for points in line[1])))
+    timed = any(points[0][0] is not None for runs in lines.values() for points in runs)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for place, axes in enumerate((left, right)):
-        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
-        for name, runs in lines.items():
-            x, errors = ([[point[which] for point in points] for points in zip(*runs)]
+    panels = [*figure.subplots(1, 2, sharey=True)] if timed else [None, figure.subplots()]
+    colors = matplotlib.colormaps["tab20"].colors
+    for color, (name, runs) in zip(itertools.cycle(colors), lines.items()):
+        for place, axes in enumerate(panels):
+            chosen = [points for points in runs if points[0][place] is not None]
+            if not axes or not chosen or not chosen[0][-1][place]:           # labels ask the teacher nothing
+                continue
+            x, errors = ([[point[which] for point in points] for points in zip(*chosen)]
                          for which in (place, 2))                            # a list of seeds an epoch
-            line, = axes.plot([*map(mean, x)], [*map(mean, errors)], label=f"{name}, runs: {len(runs)}",
-                              marker=".", markersize=3, linewidth=1)
+            axes.plot([*map(mean, x)], [*map(mean, errors)], label=f"{name}, runs: {len(runs)}", color=color,
+                      marker=".", markersize=3, linewidth=1)
             axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.2,
-                              color=line.get_color(), linewidth=0)
-        axes.grid(alpha=0.3)
-    left.set(xlabel="seconds of synthesis and training", xscale="log", yscale="log",
-             ylabel="student's test error, %", yticks=[1, 2, 5, 10, 20, 50, 100])
-    right.set(xlabel="teacher queries", xscale="log")
-    for axes in (left, right):
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_formatter("{x:g}")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+                              color=color, linewidth=0)
+    for axes, label in zip(panels, ("seconds of two cores", "teacher queries")):
+        if axes:
+            axes.set(xlabel=label, xscale="log", yscale="log")
+            axes.grid(alpha=0.3)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:,.10g}")
+                axis.set_minor_formatter("")
+    panels[not timed].set_ylabel("student's test error, %")
+    figure.legend(*panels[not timed].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

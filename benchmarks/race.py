@@ -3,6 +3,7 @@
     python benchmarks/race.py cifar10                    # seed 0 of every row first, then the other seeds
     python benchmarks/race.py cifar10 --only csd cudfkd  # some rows
     python benchmarks/race.py cifar10 --list             # what is finished, begun, to do, and its command
+    python benchmarks/race.py cifar10 --jobs 14          # 14 runs at a time, on a GPU: their seconds mean nothing
 
 A run that stands in the logs of results/ is skipped, unless its preset has become another since: then move
 runs/race-NAME/ROW-seedN and its file in checkpoints/race-NAME/ away first. --list prints a row's command, to
@@ -14,11 +15,12 @@ protocol is in benchmarks/README.md.
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import table
-from common import BadInput, Parser, command_line
+from common import BadInput, Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHERS = {"cifar10": ("cifar10-val", "wrn16_2"), "mnist": ("mnist-val", "lenet5")}     # set, network
@@ -36,6 +38,8 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-kd": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode kd",
         "real-regulated": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode regulated",
         "real-labels": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode ce",
+        "csd-2h": "csd.py --preset cifar10-cpu --bank-rounds 60 --epochs 30",
+        "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
     },
     "mnist": {
         "csd": "csd.py --preset mnist-cpu",
@@ -67,10 +71,7 @@ def rows_of(folder):
 
 def counts(run):
     """Has this run ended, and is its preset still what it was?"""
-    if not run or run[-1]["event"] != "end":
-        return False
-    changed = {name for name, _ in table.group_of({"made": "", **run[0]}).changed}
-    return changed - {*table.OF_ANY_RUN} == {*run[0]["changed"]}
+    return bool(run) and run[-1]["event"] == "end" and not table.of_earlier_preset({"made": "", **run[0]})
 
 
 @command_line
@@ -79,6 +80,7 @@ def main(argv=None):
     parser.add_argument("race", choices=[*RACES])
     parser.add_argument("--only", nargs="+", metavar="ROW", help="some rows [all]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
+    parser.add_argument("--jobs", type=number_type(int, True), default=1, help="runs at a time [1]")
     parser.add_argument("--list", action="store_true", help="say what is done and by which command, and stop")
     options = parser.parse_args(argv)
     commands, failed = RACES[options.race], []
@@ -92,6 +94,7 @@ def main(argv=None):
                        f"--dataset {dataset} --out {teacher}")
     logged = {run[0]["arguments"]["out"] for run in table.read()[0]
               if not run[0]["made"] and counts(run)}
+    todo = []
     for seed in options.seeds:
         for row in options.only or commands:
             name = f"race-{options.race}/{row}-seed{seed}"
@@ -99,18 +102,30 @@ def main(argv=None):
             state = "finished" if out in logged else "begun" if rows_of(out) else "to do"
             flags += ["--teacher", teacher, "--seed", str(seed), "--threads", "2"]
             print(f"{row:>20s}  seed {seed}  {state:8s}  python {script} {' '.join(flags)}", flush=True)
-            if options.list or out in logged:
-                continue
-            if not counts(rows_of(out)):
+            if not options.list and out not in logged:
                 flags += own_stage(Path(script).stem, f"checkpoints/{name}.pt")
-                command = [sys.executable, script, *flags, "--keep-epochs", "--out", out, "--resume"]
-                if subprocess.run(command, cwd=ROOT).returncode:
-                    failed.append(f"{row} of seed {seed}")
-                    continue
+                todo.append((out, [script, *flags, "--keep-epochs", "--out", out, "--resume"]))
+
+    def go(job):
+        """-> is there a finished run now?"""
+        out, command = job
+        if counts(rows_of(out)):                                             # it ended, but was not logged
+            return True
+        screen = None
+        if options.jobs > 1:                                                 # each to a file of its own
+            (ROOT / out).parent.mkdir(parents=True, exist_ok=True)
+            screen = open(ROOT / f"{out}.txt", "a")
+        return not subprocess.run([sys.executable, *command], cwd=ROOT, stdout=screen, stderr=screen).returncode
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for (out, _), ended in zip(todo, pool.map(go, todo)):
+            if not ended:
+                failed.append(out)
+                continue
             with open(table.RESULTS / f"race-{options.race}.jsonl", "a") as file:
                 file.write((ROOT / out / "log.jsonl").read_text())
     if failed:
-        raise BadInput(f"{', '.join(failed)} did not end; see above")
+        raise BadInput(f"{', '.join(failed)} did not end; see above"
+                       + f", and {failed[0]}.txt" * (options.jobs > 1))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/table.py            # print the tables of benchmarks/README.md
     python benchmarks/table.py --write    # put them into that page, between its markers
-    python benchmarks/table.py --front    # print the front page's table: the races in fewer columns
+    python benchmarks/table.py --front    # print the front page's table: the race on CIFAR-10 in fewer columns
 
 A file in results/ holds whole runs, one after another: a start row, rows of epochs and stages, an end row.
 A row with a "variant" is a measurement by itself. Runs share a row of a table if they differ in nothing but
@@ -119,7 +119,10 @@ def collapsed(runs):
 
 
 def teacher(runs):
-    """One figure where all seeds have the same teacher, else every figure."""
+    """One figure where all seeds have the same teacher, but for rounding (3 images in 10,000), else every one."""
+    found = [run[-1]["teacher_acc"] for run in runs]
+    if max(found) - min(found) <= 3e-4:
+        return f"{100 * mean(found):.2f}"
     return ", ".join(sorted({of_end([run], "teacher_acc") for run in runs}))
 
 
@@ -283,32 +286,43 @@ def any_teacher_table(measurements):
             yield {"teacher": row["network"], "image side": row["size"], **row["methods"]}
 
 
+def race_group(start):
+    """A race counts steps, so its rows do not part by machine. bf16 and fp32 are rows apart, as elsewhere."""
+    group = group_of(start)
+    changed = (pair for pair in group.changed if pair[0] != "device" and pair[1] != "--precision tf32")
+    return group._replace(changed=tuple(changed))
+
+
+def of_earlier_preset(start):
+    """Did this run's preset hold other numbers than it does now?"""
+    return {name for name, _ in group_of(start).changed} - {*OF_ANY_RUN} != {*start["changed"]}
+
+
 def race_tables(groups, measurements):
     """-> {title: rows}: the runs of benchmarks/race.py by data set, and the trials that chose their settings.
 
-    These groups leave `groups`, so that no other table shows them. Runs on a CPU and on a GPU share a row: a
-    race counts steps. Its seconds are those of a CPU; on a GPU many runs share the card.
+    These groups leave `groups`, so that no other table shows them. The seconds are those of runs on a CPU:
+    on a GPU many runs may share the card.
     """
     costs = {(row["method"], row["preset"], *sorted(typed(*flag) for flag in row["changed"].items())):
              row["pflop"] for row in measurements if row["variant"] == "cost"}
     races, trials, merged = {}, [], {}
     for group in [group for group in groups if group.preset.split("-")[1:2] == ["cpu"]]:
-        changed = (pair for pair in group.changed if pair[0] != "device" and "tf32" not in pair[1])
-        merged.setdefault(group._replace(changed=tuple(changed)), []).extend(groups.pop(group))
+        runs = groups.pop(group)
+        merged.setdefault(race_group(runs[0][0]), []).extend(runs)
     for group, runs in merged.items():
         runs, start = sorted(runs, key=lambda run: run[0]["arguments"]["seed"]), runs[0][0]
         arguments, line = start["arguments"], {"method, preset": group.name, "flags": group.flags("dataset")}
         of_cpu = [run for run in runs if run[0]["arguments"]["device"] == "cpu"]
-        time = {"seconds of two cores": seconds(of_cpu) if of_cpu else "-"}
+        time = seconds(of_cpu) if of_cpu else "-"
         if arguments["dataset"].endswith("-val"):
             trials.append({**line, "of the validation images": f"**{of_end(runs)}**",
-                           "epochs": len(events(runs[:1], "epoch")), **time, **origin(runs)})
+                           "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU": time, **origin(runs)})
             continue
         flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
         pflop = costs.get((group.method, group.preset, *flags))
         score = mean(run[-1]["student_acc_last"] for run in runs)
-        earlier = {name for name, _ in group.changed} - {*OF_ANY_RUN} != {*start["changed"]}
-        title = f"Race on {arguments['dataset']}" + ", with earlier presets" * earlier
+        title = f"Race on {arguments['dataset']}" + ", with earlier presets" * of_earlier_preset(start)
         races.setdefault(title, []).append((-score, {
             **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
             "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
@@ -316,7 +330,7 @@ def race_tables(groups, measurements):
             "runs with a collapse": collapsed(runs),
             "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
             "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}",
-            **time, **origin(runs)}))
+            "seconds of two cores": time, **origin(runs)}))
     found = {title: [line for _, line in sorted(lines, key=lambda pair: pair[0])]
              for title, lines in sorted(races.items())}
     return {**found, **({"Trials on validation images": trials} if trials else {})}
@@ -353,14 +367,13 @@ def costs_table(measurements):
 
 
 def front_table(groups, measurements):
-    """The races in fewer columns."""
+    """The race on CIFAR-10 in fewer columns."""
     for title, lines in race_tables(groups, measurements).items():
-        for line in lines if re.fullmatch(r"Race on \w+", title) else []:
+        for line in lines if title == "Race on cifar10" else []:
             kept = ("flags", "teacher", "**student, last epoch**", "agreement with the teacher",
                     "runs with a collapse", "teacher queries, million", "seconds of two cores", "seeds")
             method = line["method, preset"].partition(",")[0]
-            yield {"data set": title.removeprefix("Race on "), "method": f"`{method}`",
-                   **{name: line[name] for name in kept}}
+            yield {"method": f"`{method}`", **{name: line[name] for name in kept}}
 
 
 def all_tables(runs, measurements):

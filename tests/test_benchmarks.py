@@ -163,7 +163,8 @@ def test_a_race_skips_what_is_logged_and_logs_what_has_ended(teacher_file, in_tm
     assert "python common.py --model toy --dataset digits" in refused(race, ["toy"], capsys)
     (in_tmp / "benchmarks" / "teachers").mkdir(parents=True)
     shutil.copy(teacher_file, in_tmp / "benchmarks/teachers/digits_toy.pt")
-    race.main(["toy", "--seeds", "0", "--only", "a"])
+    race.main(["toy", "--seeds", "0", "--only", "a", "--jobs", "2"])
+    assert "last epoch: student" in (in_tmp / "runs/race-toy/a-seed0.txt").read_text()
     dafl.main([*tiny_args(dafl, teacher_file), "--out", "runs/race-toy/b-seed0"])    # ended, but not logged
     race.main(["toy", "--seeds", "0"])
     capsys.readouterr()
