@@ -129,12 +129,11 @@ PRESETS = {
         low_resolution_steps=2000, lr_images=0.25, beta1=0.5, beta2=0.9, warm_cosine=True, bn=0.01,
         first_bn=10.0, tv=1e-4, l2=1e-5, l2_per_image=True, competition=0.2, jitter=30, mirror=True,
         clip=True, cycle_targets=False),
-    # [inferred] for the race in benchmarks/: 40 minutes of two cores. No competition: many images pay more
+    # [inferred] for the race in benchmarks/: 40 minutes of two cores, without competition
     "cifar10-cpu": replace(CIFAR10, epochs=11, student_steps=300, batch_size=128, initial_batches=20,
                            pool_batches=0, synthesis_steps=50, lr_images=0.1, beta1=0.5, tv=3e-3, clip=True,
                            mirror=True, temperature=20.0),
-    # [inferred]: 7 trials by test accuracy, the last of them among two dozen kinds of images that a second
-    # network had judged
+    # [inferred]: 7 trials by test accuracy, the last among two dozen kinds of images, judged by a stranger
     "digits": replace(CIFAR10, epochs=8, batch_size=128, student_steps=120, initial_batches=3, pool_batches=8,
                       synthesis_batch_size=128, synthesis_steps=150, lr_images=0.3, bn=0.3, tv=0.01, jitter=1,
                       clip=True, weight_decay=5e-4),

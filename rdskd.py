@@ -98,8 +98,6 @@ PRESETS = {
     "cifar100": CIFAR10,                                           # [inferred]: the code has no recipe for it
     "svhn": replace(CIFAR10, schedule="constant"),                                            # [code]
     "mnist": MNIST,
-    "mnist-short": replace(MNIST, epochs=20, batch_size=128, schedule="cosine", synthesis_batch_size=128,
-                           generator_width=32),                                         # [inferred] for a CPU
     # [inferred] for the races in benchmarks/: 40 or 20 minutes of two cores
     "cifar10-cpu": replace(CIFAR10, epochs=33, student_steps=200, batch_size=64, generator_epochs=10,
                            generator_steps=60, synthesis_batch_size=256, generator_width=32,

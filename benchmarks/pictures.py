@@ -212,7 +212,8 @@ def race(log):
                 axis.set_major_formatter("{x:,.10g}")
                 axis.set_minor_formatter("")
     panels[not timed].set_ylabel("student's test error, %")
-    figure.legend(*panels[not timed].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    named = panels[not timed].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

@@ -3,7 +3,7 @@
     python benchmarks/race.py cifar10                    # seed 0 of every row first, then the other seeds
     python benchmarks/race.py cifar10 --only csd cudfkd  # some rows
     python benchmarks/race.py cifar10 --list             # what is finished, begun, to do, and its command
-    python benchmarks/race.py cifar10 --jobs 14          # 14 runs at a time, on a GPU: their seconds mean nothing
+    python benchmarks/race.py cifar10 --jobs 14          # 14 runs at a time, for a GPU
 
 A run that stands in the logs of results/ is skipped, unless its preset has become another since: then move
 runs/race-NAME/ROW-seedN and its file in checkpoints/race-NAME/ away first. --list prints a row's command, to
@@ -115,7 +115,8 @@ def main(argv=None):
         if options.jobs > 1:                                                 # each to a file of its own
             (ROOT / out).parent.mkdir(parents=True, exist_ok=True)
             screen = open(ROOT / f"{out}.txt", "a")
-        return not subprocess.run([sys.executable, *command], cwd=ROOT, stdout=screen, stderr=screen).returncode
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=screen, stderr=screen)
+        return not done.returncode
     with ThreadPoolExecutor(options.jobs) as pool:
         for (out, _), ended in zip(todo, pool.map(go, todo)):
             if not ended:

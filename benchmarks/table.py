@@ -2,7 +2,7 @@
 
     python benchmarks/table.py            # print the tables of benchmarks/README.md
     python benchmarks/table.py --write    # put them into that page, between its markers
-    python benchmarks/table.py --front    # print the front page's table: the race on CIFAR-10 in fewer columns
+    python benchmarks/table.py --front    # print the front page's: the race on CIFAR-10 in fewer columns
 
 A file in results/ holds whole runs, one after another: a start row, rows of epochs and stages, an end row.
 A row with a "variant" is a measurement by itself. Runs share a row of a table if they differ in nothing but
@@ -119,7 +119,7 @@ def collapsed(runs):
 
 
 def teacher(runs):
-    """One figure where all seeds have the same teacher, but for rounding (3 images in 10,000), else every one."""
+    """One figure where all seeds have the same teacher (rounding moves 3 images in 10,000), else every one."""
     found = [run[-1]["teacher_acc"] for run in runs]
     if max(found) - min(found) <= 3e-4:
         return f"{100 * mean(found):.2f}"
@@ -317,7 +317,8 @@ def race_tables(groups, measurements):
         time = seconds(of_cpu) if of_cpu else "-"
         if arguments["dataset"].endswith("-val"):
             trials.append({**line, "of the validation images": f"**{of_end(runs)}**",
-                           "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU": time, **origin(runs)})
+                           "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU": time,
+                           **origin(runs)})
             continue
         flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
         pflop = costs.get((group.method, group.preset, *flags))

@@ -285,6 +285,21 @@ def test_bad_flags_are_refused_in_a_sentence(method, words, flags, in_tmp, capsy
     assert words in refused(method, flags.format(preset=next(iter(method.PRESETS))).split(), capsys)
 
 
+def test_a_cuda_device_without_a_number_is_the_first(monkeypatch):
+    """torch.cuda.set_device refuses a device without one, since PyTorch 2.11 at the latest."""
+    taken, cudnn, matmul = [], torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(
+        torch.device(device).index if isinstance(device, (str, torch.device)) else device))
+    for name, number in ((None, 0), ("cuda", 0), ("cuda:1", 1)):
+        options = SimpleNamespace(device=name, precision=None, threads=None, deterministic=False)
+        common.set_up_device(options)
+        assert taken.pop() == number and options.precision == "tf32" and options.device.type == "cuda"
+    cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+
+
 @each(METHODS)
 def test_a_bad_value_of_any_setting_is_refused_and_named(method, in_tmp, capsys):
     """Of a wrong type, below the range, not a number, too large to be meant, not among the choices."""
