@@ -75,7 +75,7 @@ def tiny_args(method, teacher_file, **changes):
     for name, value in {**TINY[method], **changes}.items():
         flag = name.replace("_", "-")
         flags += ["--" + "no-" * (not value) + flag] if isinstance(value, bool) else ["--" + flag, str(value)]
-    return ["--dataset", "digits", "--teacher", str(teacher_file), "--student", "wrn10_1",
+    return ["--dataset", "digits", "--teacher", str(teacher_file), "--student", "wrn10_1", "--device", "cpu",
             "--threads", str(THREADS), *flags]
 
 
@@ -97,5 +97,8 @@ def teacher_file(in_tmp):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def same_numbers_on_every_machine(request, monkeypatch):
+    """On a CPU, also where there is a GPU; tests of a GPU have "cuda" in their name."""
     torch.set_num_threads(THREADS)
+    if "cuda" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

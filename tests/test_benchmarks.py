@@ -183,8 +183,7 @@ def test_a_race_skips_what_is_logged_and_logs_what_has_ended(teacher_file, in_tm
 
 
 def test_gpu_refuses_in_a_sentence_and_lists_its_jobs(in_tmp, capsys):
-    if not torch.cuda.is_available():
-        assert "no CUDA device" in refused(gpu, [], capsys)
+    assert "no CUDA device" in refused(gpu, [], capsys)
     assert "no pack none.zip" in refused(gpu, ["--rehearse", "--pack", "none.zip"], capsys)
     (in_tmp / "gpu").mkdir()
     (in_tmp / "gpu" / "what.json").write_text('{"rehearse": false, "pack": false}')
