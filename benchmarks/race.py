@@ -23,7 +23,8 @@ import table
 from common import BadInput, Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHERS = {"cifar10": ("cifar10-val", "wrn16_2"), "mnist": ("mnist-val", "lenet5")}     # set, network
+TEACHERS = {**dict.fromkeys(("cifar10", "cifar10-ledger"), ("cifar10-val", "wrn16_2")),  # set, network
+            "mnist": ("mnist-val", "lenet5")}
 RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
     "cifar10": {
         "csd": "csd.py --preset cifar10-cpu",
@@ -40,6 +41,20 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-labels": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode ce",
         "csd-2h": "csd.py --preset cifar10-cpu --bank-rounds 60 --epochs 30",
         "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
+    },
+    "cifar10-ledger": {     # other readings of paper and code, beside the rows above
+        "csd-raw-head": "csd.py --preset cifar10-cpu --raw-head",
+        "csd-without": "csd.py --preset cifar10-cpu --csd 0",
+        "csd-adversarial": "csd.py --preset cifar10-cpu --csd 0 --adversarial 1",
+        "cudfkd-batch": "cudfkd.py --preset cifar10-cpu --granularity batch",
+        "cudfkd-no-curriculum": "cudfkd.py --preset cifar10-cpu --curriculum none",
+        "cudfkd-no-ramp": "cudfkd.py --preset cifar10-cpu --no-ramp",
+        "dafl-natural-log": "dafl.py --preset cifar10-cpu --natural-log",
+        "dafl-sum-activation": "dafl.py --preset cifar10-cpu --sum-activation",
+        "dafl-separate-batches": "dafl.py --preset cifar10-cpu --separate-batches",
+        "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
+        "rdskd-previous": "rdskd.py --preset cifar10-cpu --reference previous",
+        "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
     },
     "mnist": {
         "csd": "csd.py --preset mnist-cpu",

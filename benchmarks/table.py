@@ -323,7 +323,8 @@ def race_tables(groups, measurements):
         flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
         pflop = costs.get((group.method, group.preset, *flags))
         score = mean(run[-1]["student_acc_last"] for run in runs)
-        title = f"Race on {arguments['dataset']}" + ", with earlier presets" * of_earlier_preset(start)
+        title = f"Race on {arguments['dataset']}" + ", other readings" * ("-ledger/" in arguments["out"])
+        title += ", with earlier presets" * of_earlier_preset(start)
         races.setdefault(title, []).append((-score, {
             **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
             "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
