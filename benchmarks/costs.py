@@ -178,13 +178,17 @@ def training_gflop(name, image_shape, classes=10):
     return counter.get_total_flops() / FEW / 1e9
 
 
+def images_of(options):
+    """Real training images of the command's data set."""
+    images = TRAINING_IMAGES.get(options.dataset.removesuffix("-val"), 60_000)
+    return images - VALIDATION * options.dataset.endswith("-val")
+
+
 def cost(command):
     """A row for the log."""
     module, options, settings, data = planned(command)
     file = read_classifier(options.teacher) if is_file_name(options.teacher) else {}
-    names = file.get("arch", options.teacher), options.student
-    images = TRAINING_IMAGES.get(options.dataset.removesuffix("-val"), 60_000)
-    images -= VALIDATION * options.dataset.endswith("-val")
+    names, images = (file.get("arch", options.teacher), options.student), images_of(options)
     phases = phases_of(module, settings, getattr(settings, "pool_images", images))
     few, weights = step_costs(module, settings, data, names, FEW)
     more, _ = step_costs(module, settings, data, names, MORE)
@@ -209,18 +213,23 @@ def cost(command):
     return row
 
 
+def every_command():
+    """Each preset, and the rows of the races whose flags leave their preset."""
+    found = [f"{module.__name__}.py --preset {preset}" for module in MODULES for preset in module.PRESETS]
+    for name, rows in race.RACES.items():
+        found += [f"{row} --teacher {race.TEACHERS[name][1]}" for row in rows.values()
+                  if len(row.split()) > 3 and "zskd" not in row]
+    return found
+
+
 @command_line
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("commands", nargs="*", help='such as "csd.py --preset cifar10-short" [every preset]')
     parser.add_argument("--log", help="write the rows to this file, anew")
     options = parser.parse_args(argv)
-    every = [f"{module.__name__}.py --preset {preset}" for module in MODULES for preset in module.PRESETS]
-    for name, rows in race.RACES.items():                      # whose flags leave their preset
-        every += [f"{row} --teacher {race.TEACHERS[name][1]}" for row in rows.values()
-                  if len(row.split()) > 3 and "zskd" not in row]
     rows = []
-    for command in options.commands or every:
+    for command in options.commands or every_command():
         rows.append(cost(command))
         row = rows[-1]
         print(f"{command:<60s} {row['pflop']:12.4f} PFLOP {row['queries'] / 1e6:10.2f} M queries "

@@ -373,7 +373,7 @@ def front_table(groups, measurements):
     for title, lines in race_tables(groups, measurements).items():
         for line in lines if title == "Race on cifar10" else []:
             kept = ("flags", "teacher", "**student, last epoch**", "agreement with the teacher",
-                    "runs with a collapse", "teacher queries, million", "seconds of two cores", "seeds")
+                    "runs with a collapse", "teacher queries, million", "seeds")
             method = line["method, preset"].partition(",")[0]
             yield {"method": f"`{method}`", **{name: line[name] for name in kept}}
 

@@ -129,6 +129,16 @@ def test_a_commands_cost_is_refused_as_the_script_refuses_it(in_tmp, capsys):
     assert rows_of(".")[0]["queries"] == 200 * 120 * 512       # 24,000 steps of 512 images
 
 
+def test_the_committed_costs_are_of_the_presets_as_they_are():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/costs.jsonl").read_text().splitlines()]
+    for command, row in zip(costs.every_command(), rows, strict=True):
+        module, options, settings, _ = costs.planned(command)
+        images = getattr(settings, "pool_images", costs.images_of(options))
+        planned = {phase: [*found] for phase, found in costs.phases_of(module, settings, images).items()}
+        assert {phase: [each["steps"], each["images"]] for phase, each in row["phases"].items()} == {
+            phase: found for phase, found in planned.items() if found[0]}, command
+
+
 def test_a_pack_keeps_the_test_images_as_they_are(in_tmp, monkeypatch, capsys):
     with common.seeded(0):
         smooth = torch.nn.functional.interpolate(torch.rand(2000, 3, 4, 4), (32, 32), mode="bilinear")
