@@ -209,7 +209,7 @@ def race(log):
             axes.grid(alpha=0.3)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter("{x:,.10g}")
+                axis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))             # 500k, 1M
                 axis.set_minor_formatter("")
     panels[not timed].set_ylabel("student's test error, %")
     named = panels[not timed].get_legend_handles_labels()

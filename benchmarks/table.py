@@ -119,7 +119,7 @@ def collapsed(runs):
 
 
 def teacher(runs):
-    """One figure where all seeds have the same teacher (rounding moves 3 images in 10,000), else every one."""
+    """One figure where all seeds have the same teacher (rounding moves 3 images in 10,000), else all."""
     found = [run[-1]["teacher_acc"] for run in runs]
     if max(found) - min(found) <= 3e-4:
         return f"{100 * mean(found):.2f}"
