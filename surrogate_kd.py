@@ -123,7 +123,7 @@ DIGITS = replace(MNIST, surrogate="spectrum", epochs=40, pool_images=5000, pool_
 PRESETS = {   # a real surrogate takes DATASET-real where there is one, unless --preset says otherwise
     "cifar10": SYNTHETIC,
     "cifar10-real": REAL,
-    "cifar10-short": replace(SYNTHETIC, epochs=60),        # [inferred], as -cpu, for the races in benchmarks/
+    "cifar10-short": replace(SYNTHETIC, epochs=60),        # [inferred]; so are -cpu, for benchmarks/race.py
     "cifar10-cpu": replace(SYNTHETIC, surrogate="random-generator", epochs=27, batch_size=128,
                            pool_images=20_000, pool_budget=2),
     "cifar10-cpu-real": replace(REAL, epochs=12, batch_size=128, temperature=10, randaugment=0, mixup=False),

@@ -12,6 +12,7 @@ is added to results/race-NAME.jsonl; that file is to be committed, and `python b
 puts it into the tables. The rows are the table RACES below; one whose flags change gets another name. The
 protocol is in benchmarks/README.md.
 """
+import contextlib
 import json
 import subprocess
 import sys
@@ -126,11 +127,10 @@ def main(argv=None):
         out, command = job
         if counts(rows_of(out)):                                             # it ended, but was not logged
             return True
-        screen = None
-        if options.jobs > 1:                                                 # each to a file of its own
-            (ROOT / out).parent.mkdir(parents=True, exist_ok=True)
-            screen = open(ROOT / f"{out}.txt", "a")
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=screen, stderr=screen)
+        (ROOT / out).parent.mkdir(parents=True, exist_ok=True)
+        # of several at a time, each writes to a file of its own
+        with open(ROOT / f"{out}.txt", "a") if options.jobs > 1 else contextlib.nullcontext() as screen:
+            done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=screen, stderr=screen)
         return not done.returncode
     with ThreadPoolExecutor(options.jobs) as pool:
         for (out, _), ended in zip(todo, pool.map(go, todo)):

@@ -293,11 +293,13 @@ def test_a_cuda_device_without_a_number_is_the_first(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(
         torch.device(device).index if isinstance(device, (str, torch.device)) else device))
-    for name, number in ((None, 0), ("cuda", 0), ("cuda:1", 1)):
-        options = SimpleNamespace(device=name, precision=None, threads=None, deterministic=False)
-        common.set_up_device(options)
-        assert taken.pop() == number and options.precision == "tf32" and options.device.type == "cuda"
-    cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+    try:
+        for name, number in ((None, 0), ("cuda", 0), ("cuda:1", 1)):
+            options = SimpleNamespace(device=name, precision=None, threads=None, deterministic=False)
+            common.set_up_device(options)
+            assert taken.pop() == number and options.precision == "tf32" and options.device.type == "cuda"
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
 
 
 @each(METHODS)
