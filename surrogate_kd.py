@@ -127,7 +127,7 @@ PRESETS = {   # a real surrogate takes DATASET-real where there is one, unless -
     "cifar10-cpu": replace(SYNTHETIC, surrogate="random-generator", epochs=27, batch_size=128,
                            pool_images=20_000, pool_budget=2),
     "cifar10-cpu-real": replace(REAL, epochs=12, batch_size=128, temperature=10, randaugment=0, mixup=False),
-    "mnist-cpu": replace(MNIST, epochs=60),
+    "mnist-cpu": replace(MNIST, epochs=80, pool_images=40_000, temperature=10.0),
     "cifar100": SYNTHETIC,
     "cifar100-real": replace(REAL, surrogate="cifar10"),
     "mnist": MNIST,
@@ -154,8 +154,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
 def one_hot_loss(student_logits, teacher_logits):
     """CE of the student with the teacher's first choice, mean over the batch [inferred].
 
-    (N, K), (N, K) -> (), at least 0.
-    The ablation in the [notes]: the teacher's class without its probabilities.
+    (N, K), (N, K) -> (), at least 0. The [notes]' ablation: the teacher's class without its probabilities.
     """
     return F.cross_entropy(student_logits, teacher_logits.argmax(1))
 
@@ -338,8 +337,9 @@ def balanced_pool(teacher, data, settings, draw, available=None, run=None):
     are kept at most, and for `available` in all. Without --balance the first ones are kept. seen: how
     many of each class there were. `run`: log and checkpoints, for main() alone.
     """
-    device, classes, chunk, chunks_a_round = next(teacher.parameters()).device, data.num_classes, 64, 16
-    quota, room = math.ceil(settings.pool_images / classes), settings.pool_images
+    device = next(teacher.parameters(), torch.empty(0)).device               # a service has no weights here
+    classes, chunk, chunks_a_round, room = data.num_classes, 64, 16, settings.pool_images
+    quota = math.ceil(room / classes)
     room = quota * classes if settings.balance else min(room, available or room)
     budget = min(available or math.inf, settings.pool_budget * room if settings.balance else room)
     pixels = torch.zeros(room, *data.image_shape, dtype=torch.uint8, device=device)
@@ -402,10 +402,10 @@ def full_batches(n, size, device):
 def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_labels):
     """Train `student` in place on pictures that are not the teacher's data; `teacher` stays as it is.
 
-    `surrogate`: a pool (M, C, H, W) uint8 in the shape of the teacher's data; `pseudo_labels` (M,): the
-    teacher's predictions on it; `balanced_pool` gives both. `data`: a DataSpec. `run`: log and
-    checkpoints, for main() alone. No real label comes in. Raises BadInput as `check` does and for another
-    pool, FloatingPointError for a loss not finite.
+    `teacher` gives logits or log-probabilities; only the attack needs its gradients. `surrogate`: a pool
+    (M, C, H, W) uint8 in the shape of its data; `pseudo_labels` (M,): its predictions on it; `balanced_pool`
+    gives both. `data`: a DataSpec. `run`: log and checkpoints, for main() alone. No real label comes in.
+    Raises BadInput as `check` does and for another pool, FloatingPointError for a loss not finite.
     """
     check(settings)
     if surrogate.dtype != torch.uint8 or surrogate.shape[1:] != torch.Size(data.image_shape):

@@ -175,12 +175,11 @@ def race(log):
         start = {**run[0], "made": ""}
         if table.of_earlier_preset(start):
             continue
-        points, spent, on_cpu = [], 0.0, run[0]["arguments"]["device"] == "cpu"
+        points, spent, timed = [], 0.0, table.on_two_cores(run)
         for row in run:
             spent += sum(value for name, value in row.items() if name.startswith("seconds_"))
             if row["event"] == "epoch" and row.get("student_acc") is not None and "teacher_queries" in row:
-                time = spent if on_cpu else None                 # on a GPU many runs may have shared the card
-                points.append((time, row["teacher_queries"], 100 - 100 * row["student_acc"]))
+                points.append((spent if timed else None, row["teacher_queries"], 100 - 100 * row["student_acc"]))
         if not points:
             raise BadInput(f"{log} has a run without a scored epoch; name the log of a race")
         group = table.race_group(start)

@@ -3,7 +3,7 @@
     python benchmarks/race.py cifar10                    # seed 0 of every row first, then the other seeds
     python benchmarks/race.py cifar10 --only csd cudfkd  # some rows
     python benchmarks/race.py cifar10 --list             # what is finished, begun, to do, and its command
-    python benchmarks/race.py cifar10 --jobs 14          # 14 runs at a time, for a GPU
+    python benchmarks/race.py cifar10 --jobs 14          # 14 runs at a time, a thread each; not timed
 
 A run that stands in the logs of results/ is skipped, unless its preset has become another since: then move
 runs/race-NAME/ROW-seedN and its file in checkpoints/race-NAME/ away first. --list prints a row's command, to
@@ -110,13 +110,13 @@ def main(argv=None):
                        f"--dataset {dataset} --out {teacher}")
     logged = {run[0]["arguments"]["out"] for run in table.read()[0]
               if not run[0]["made"] and counts(run)}
-    todo = []
+    todo, threads = [], "2" if options.jobs == 1 else "1"
     for seed in options.seeds:
         for row in options.only or commands:
             name = f"race-{options.race}/{row}-seed{seed}"
             out, (script, *flags) = f"runs/{name}", commands[row].split()
             state = "finished" if out in logged else "begun" if rows_of(out) else "to do"
-            flags += ["--teacher", teacher, "--seed", str(seed), "--threads", "2"]
+            flags += ["--teacher", teacher, "--seed", str(seed), "--threads", threads]
             print(f"{row:>20s}  seed {seed}  {state:8s}  python {script} {' '.join(flags)}", flush=True)
             if not options.list and out not in logged:
                 flags += own_stage(Path(script).stem, f"checkpoints/{name}.pt")

@@ -127,9 +127,9 @@ def teacher(runs):
 
 
 def seconds(runs, *phases):
-    """Mean over the runs: of these phases, or of everything."""
+    """Mean over the runs: of these phases, or of everything. - where there is no run."""
     if not phases:
-        return f"{mean(run[-1]['seconds'] for run in runs):.0f}"
+        return f"{mean(run[-1]['seconds'] for run in runs):.0f}" if runs else "-"
     return f"{sum(row.get(phase) or 0 for run in runs for row in run for phase in phases) / len(runs):.0f}"
 
 
@@ -169,23 +169,6 @@ def main_table(groups):
                "labels the teacher agrees with": spread(labels) if labels else "-",
                "runs with a collapse": collapsed(runs),
                "seconds": "-" if unfair else seconds(runs), **origin(runs)}
-
-
-def curriculum_table(groups):
-    """CuDFKD's two switches: the student's curriculum by row, the generator's ramp by column."""
-    lines = {}
-    for group, runs in groups.items():
-        if group.method == "cudfkd" and dict(group.changed).keys() <= {"curriculum", "granularity", "ramp"}:
-            settings = runs[0][0]["arguments"]
-            kind = settings["curriculum"]
-            kind += f", one weight a {settings['granularity']}" if kind != "none" else ""
-            line = lines.setdefault((group.name, group.networks, group.made, kind), {False: [], True: []})
-            line[settings["ramp"]] += runs
-    for (name, networks, _, kind), line in sorted(lines.items(), reverse=True):
-        held, rises = (f"{of_end(runs)} ({len(runs)} seeds)" if runs else "-" for runs in line.values())
-        yield {"method, preset": name, "teacher → student": networks, "student's curriculum": kind,
-               "student, last epoch: α held at its start": held, "α rises": rises,
-               "made at": made_at(run[0] for runs in line.values() for run in runs)}
 
 
 def regulation_table(groups):
@@ -298,11 +281,15 @@ def of_earlier_preset(start):
     return {name for name, _ in group_of(start).changed} - {*OF_ANY_RUN} != {*start["changed"]}
 
 
+def on_two_cores(run):
+    """Are this run's seconds a race's? Where several ran at a time, each had one thread or a share of a GPU."""
+    return run[0]["device"].endswith(", 2 threads")
+
+
 def race_tables(groups, measurements):
     """-> {title: rows}: the runs of benchmarks/race.py by data set, and the trials that chose their settings.
 
-    These groups leave `groups`, so that no other table shows them. The seconds are those of runs on a CPU:
-    on a GPU many runs may share the card.
+    These groups leave `groups`, so that no other table shows them.
     """
     costs = {(row["method"], row["preset"], *sorted(typed(*flag) for flag in row["changed"].items())):
              row["pflop"] for row in measurements if row["variant"] == "cost"}
@@ -313,11 +300,10 @@ def race_tables(groups, measurements):
     for group, runs in merged.items():
         runs, start = sorted(runs, key=lambda run: run[0]["arguments"]["seed"]), runs[0][0]
         arguments, line = start["arguments"], {"method, preset": group.name, "flags": group.flags("dataset")}
-        of_cpu = [run for run in runs if run[0]["arguments"]["device"] == "cpu"]
-        time = seconds(of_cpu) if of_cpu else "-"
         if arguments["dataset"].endswith("-val"):
             trials.append({**line, "of the validation images": f"**{of_end(runs)}**",
-                           "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU": time,
+                           "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU":
+                           seconds([run for run in runs if run[0]["arguments"]["device"] == "cpu"]),
                            **origin(runs)})
             continue
         flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
@@ -332,7 +318,7 @@ def race_tables(groups, measurements):
             "runs with a collapse": collapsed(runs),
             "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
             "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}",
-            "seconds of two cores": time, **origin(runs)}))
+            "seconds of two cores": seconds([*filter(on_two_cores, runs)]), **origin(runs)}))
     found = {title: [line for _, line in sorted(lines, key=lambda pair: pair[0])]
              for title, lines in sorted(races.items())}
     return {**found, **({"Trials on validation images": trials} if trials else {})}
@@ -370,19 +356,20 @@ def costs_table(measurements):
 
 def front_table(groups, measurements):
     """The race on CIFAR-10 in fewer columns."""
+    learns_from = {"regulated_kd": "the training images", "surrogate_kd": "other pictures"}
     for title, lines in race_tables(groups, measurements).items():
         for line in lines if title == "Race on cifar10" else []:
-            kept = ("flags", "teacher", "**student, last epoch**", "agreement with the teacher",
+            kept = ("flags", "**student, last epoch**", "agreement with the teacher",
                     "runs with a collapse", "teacher queries, million", "seeds")
             method = line["method, preset"].partition(",")[0]
-            yield {"method": f"`{method}`", **{name: line[name] for name in kept}}
+            yield {"method": f"`{method}`", "learns from": learns_from.get(method, "the teacher alone"),
+                   **{name: line[name] for name in kept}}
 
 
 def all_tables(runs, measurements):
     groups = grouped(runs)
     tables = {**race_tables(groups, measurements),
               "Data-free methods": main_table(groups),
-              "CuDFKD: curriculum and ramp": curriculum_table(groups),
               "regulated_kd: real images, fewer steps": regulation_table(groups),
               "surrogate_kd: pictures that are not the teacher's": surrogate_table(groups),
               **{title: measured(measurements, *columns) for title, columns in MEASUREMENTS.items()},

@@ -346,6 +346,18 @@ def test_distill_equals_the_algorithm_written_anew_on_the_images_that_it_was_sho
     assert_close(student, other, 1e-5)
 
 
+def test_a_service_that_gives_probabilities_alone_teaches_the_same(in_float64):
+    network = sure(tiny_networks()[0]).eval()
+
+    class Service(nn.Module):
+        def forward(self, images):
+            return network(images).detach().softmax(1).log()
+    assert_close(*(trained(teacher=teacher)[0] for teacher in (network, Service())), 1e-5)
+    pools = [sk.balanced_pool(teacher, PLAIN, settings_of(), lambda start, n: made(torch.rand, n, 1, 8, 8))
+             for teacher in (network, Service())]
+    assert all(torch.equal(*parts) for parts in zip(*pools))
+
+
 def test_the_attack_takes_its_share_of_each_batch_and_replaces_the_one_before(monkeypatch):
     """As it is, not augmented; also when it finds fewer, which are repeated, or none."""
     augment, sizes = sk.augment_surrogates, []

@@ -84,19 +84,21 @@ def test_a_new_run_never_shares_a_row_with_an_old_one_or_with_an_ablation(monkey
     assert group(epochs=99).flags() == "-"
 
 
-def test_a_race_takes_in_runs_of_a_gpu_but_not_their_seconds(runs):
+def test_a_race_takes_in_runs_beside_others_but_not_their_seconds(runs):
     of_cpu = next(run for run in runs if run[0]["arguments"]["preset"] == "mnist-cpu"
-                  and not run[0]["changed"] and run[0]["device"].startswith("AMD")
+                  and not run[0]["changed"] and table.on_two_cores(run)
                   and not table.of_earlier_preset(run[0]))
 
-    def copy(seed, **given):
+    def copy(seed, machine, **given):
         start, *rows, end = of_cpu
         arguments = {**start["arguments"], "seed": seed, **given}
-        return [{**start, "arguments": arguments}, *rows, {**end, "seconds": 1e6}]
+        return [{**start, "device": machine, "arguments": arguments}, *rows, {**end, "seconds": 1e6}]
 
     def rows(*more):
         return table.race_tables(table.grouped([of_cpu, *more]), [])["Race on mnist"]
     alone, = rows()
-    both, = rows(copy(7, device="cuda", precision="tf32"))
-    assert both["seeds"] == f"{alone['seeds']}, 7" and len(rows(copy(7, precision="bf16"))) == 2
+    on_gpu = copy(7, "NVIDIA H200", device="cuda", precision="tf32")
+    both, = rows(on_gpu, copy(8, "AMD EPYC, 1 threads", threads=1))
+    assert both["seeds"] == f"{alone['seeds']}, 7, 8"
     assert both["seconds of two cores"] == alone["seconds of two cores"]
+    assert len(rows(copy(7, "AMD EPYC, 2 threads", precision="bf16"))) == 2
