@@ -39,7 +39,7 @@ Where paper, authors' code and this file differ
     have changed; else another class at random [code]. Images already classified as the target, and images
     that never reach it, are discarded.
  4. Temperature: 2 for real sets, 20 for synthetic ones [notes], 5 in the one released config. The presets
-    follow the notes, but for 5 below and cifar10-cpu-real, whose 10 is [inferred].
+    follow the notes, but for 5 below and for the races' cifar10-cpu-real and mnist-cpu: 10 [inferred].
  5. A teacher of grey digits sees few classes in plain procedural pictures, hence strokes(): bright marks
     on black. With it T = 4, one operation of RandAugment, no mixup, black borders and no inversion,
     chosen on MNIST by test accuracy among some 20 trials on seed 0 [inferred].
