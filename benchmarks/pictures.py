@@ -11,10 +11,10 @@
                    did, and which were needed most and least.
     side-by-side   runs on one data set: images of each run in a block of columns, a row a class. Of
                    regulated_kd.py, which makes none, the real images that were needed most.
-    race           the log of a race: test error after so many seconds of two cores, and so many teacher
-                   queries; a line a row, the mean over its seeds between least and most. Runs on a GPU
-                   are not in the seconds, runs that ask the teacher nothing not in the queries, runs
-                   of earlier presets in neither.
+    race           the log of a race: test error after so many seconds of two cores, where two rows or more
+                   were timed, and so many teacher queries; a line a row, the mean over its seeds between
+                   least and most. Runs beside others are not in the seconds, runs that ask the teacher
+                   nothing not in the queries, runs of earlier presets in neither.
 """
 import functools
 import itertools
@@ -186,7 +186,7 @@ def race(log):
         name = " ".join([group.method, *(flag for name, flag in group.changed if name != "dataset")])
         lines.setdefault(name, []).append(points)
     lines = dict(sorted(lines.items(), key=lambda line: mean(points[-1][2] for points in line[1])))
-    timed = any(points[0][0] is not None for runs in lines.values() for points in runs)
+    timed = sum(any(points[0][0] is not None for points in runs) for runs in lines.values()) > 1
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
     panels = [*figure.subplots(1, 2, sharey=True)] if timed else [None, figure.subplots()]
