@@ -179,7 +179,8 @@ def race(log):
         for row in run:
             spent += sum(value for name, value in row.items() if name.startswith("seconds_"))
             if row["event"] == "epoch" and row.get("student_acc") is not None and "teacher_queries" in row:
-                points.append((spent if timed else None, row["teacher_queries"], 100 - 100 * row["student_acc"]))
+                time = spent if timed else None
+                points.append((time, row["teacher_queries"], 100 - 100 * row["student_acc"]))
         if not points:
             raise BadInput(f"{log} has a run without a scored epoch; name the log of a race")
         group = table.race_group(start)

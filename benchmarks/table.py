@@ -282,7 +282,7 @@ def of_earlier_preset(start):
 
 
 def on_two_cores(run):
-    """Are this run's seconds a race's? Where several ran at a time, each had one thread or a share of a GPU."""
+    """Are this run's seconds a race's? Of several at a time, each had one thread or a share of a GPU."""
     return run[0]["device"].endswith(", 2 threads")
 
 

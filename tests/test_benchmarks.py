@@ -227,7 +227,7 @@ def test_gpus_list_from_start_to_end_on_a_cpu_in_two_parts(in_tmp, capfd):
     assert weights["conv1.weight"].dtype == torch.bfloat16 and "csd-wrn10_1-short: about" in "".join(printed)
 
 
-def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys):
+def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys, monkeypatch):
     for method in (cudfkd, regulated_kd):
         method.main([*tiny_args(method, teacher_file), "--out", method.__name__])
     for command in ("curriculum cudfkd", "regulation regulated_kd", "side-by-side cudfkd regulated_kd"):
@@ -241,6 +241,9 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys):
     logs = [(in_tmp / "runs" / name / "log.jsonl").read_text() for name in ("a-seed0", "a-seed1", "b-seed0")]
     (in_tmp / "race.jsonl").write_text("".join(logs))
     (in_tmp / "begun.jsonl").write_text(logs[0].splitlines()[0])
+    monkeypatch.setattr(table, "on_two_cores", lambda run: run[0]["method"] == "cudfkd")
+    assert len(pictures.race("race.jsonl").axes) == 1                        # one row has seconds, not two
+    monkeypatch.setattr(table, "on_two_cores", lambda run: True)
     pictures.main(["race", "race.jsonl", "--out", "picture.png"])
     two, one = sorted(pictures.race("race.jsonl").axes[1].lines, key=lambda line: line.get_label())
     assert two.get_label().startswith("cudfkd ") and two.get_label().endswith("runs: 2")
