@@ -191,7 +191,7 @@ def race(log):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
     panels = [*figure.subplots(1, 2, sharey=True)] if timed else [None, figure.subplots()]
-    colors = matplotlib.colormaps["tab20"].colors
+    colors, named = matplotlib.colormaps["tab20"].colors, {}
     for color, (name, runs) in zip(itertools.cycle(colors), lines.items()):
         for place, axes in enumerate(panels):
             chosen = [points for points in runs if points[0][place] is not None]
@@ -199,8 +199,8 @@ def race(log):
                 continue
             x, errors = ([[point[which] for point in points] for points in zip(*chosen)]
                          for which in (place, 2))                            # a list of seeds an epoch
-            axes.plot([*map(mean, x)], [*map(mean, errors)], label=f"{name}, runs: {len(runs)}", color=color,
-                      marker=".", markersize=3, linewidth=1)
+            named[name], = axes.plot([*map(mean, x)], [*map(mean, errors)], color=color, linewidth=1,
+                                     label=f"{name}, runs: {len(runs)}", marker=".", markersize=3)
             axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.2,
                               color=color, linewidth=0)
     for axes, label in zip(panels, ("seconds of two cores", "teacher queries")):
@@ -212,8 +212,7 @@ def race(log):
                 axis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))             # 500k, 1M
                 axis.set_minor_formatter("")
     panels[not timed].set_ylabel("student's test error, %")
-    named = panels[not timed].get_legend_handles_labels()
-    figure.legend(*named, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles=[*named.values()], loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

@@ -236,16 +236,19 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys, monkeypatch):
     medians = [row["difficulty"][2] for row in rows_of("cudfkd") if row["event"] == "epoch"]
     assert list(pictures.curriculum("cudfkd").axes[0].lines[0].get_ydata()) == medians
     assert len(pictures.curriculum(ROOT / "benchmarks/results/c07d91b/cudfkd-digits.jsonl").axes) == 4
-    for method, out in ((cudfkd, "runs/a-seed0"), (cudfkd, "runs/a-seed1"), (regulated_kd, "runs/b-seed0")):
-        method.main([*tiny_args(method, teacher_file), "--out", out])
-    logs = [(in_tmp / "runs" / name / "log.jsonl").read_text() for name in ("a-seed0", "a-seed1", "b-seed0")]
+    runs = {"a-seed0": cudfkd, "a-seed1": cudfkd, "b-seed0": regulated_kd, "c-seed0": dafl}
+    for name, method in runs.items():
+        method.main([*tiny_args(method, teacher_file), "--out", f"runs/{name}"])
+    logs = [(in_tmp / "runs" / name / "log.jsonl").read_text() for name in runs]
     (in_tmp / "race.jsonl").write_text("".join(logs))
     (in_tmp / "begun.jsonl").write_text(logs[0].splitlines()[0])
     monkeypatch.setattr(table, "on_two_cores", lambda run: run[0]["method"] == "cudfkd")
     assert len(pictures.race("race.jsonl").axes) == 1                        # one row has seconds, not two
-    monkeypatch.setattr(table, "on_two_cores", lambda run: True)
+    monkeypatch.setattr(table, "on_two_cores", lambda run: run[0]["method"] != "dafl")
     pictures.main(["race", "race.jsonl", "--out", "picture.png"])
-    two, one = sorted(pictures.race("race.jsonl").axes[1].lines, key=lambda line: line.get_label())
+    figure = pictures.race("race.jsonl")
+    two, _, one = sorted(figure.axes[1].lines, key=lambda line: line.get_label())
+    assert len(figure.axes[0].lines) == 2 and len(figure.legends[0].legend_handles) == 3
     assert two.get_label().startswith("cudfkd ") and two.get_label().endswith("runs: 2")
     assert one.get_label().startswith("regulated_kd ") and one.get_label().endswith("runs: 1")
     last = rows_of("runs/b-seed0")[-1]
