@@ -333,11 +333,11 @@ def balanced_pool(teacher, data, settings, draw, available=None, run=None):
     """Pictures, equally many in each class that the teacher sees.
 
     -> pixels (M, C, H, W) uint8, labels (M,), seen (K,)
-    `draw(start, n) -> pixels (n, C, H, W)` gives pictures. It is asked for --pool-budget times as many as
-    are kept at most, and for `available` in all. Without --balance the first ones are kept. seen: how
-    many of each class there were. `run`: log and checkpoints, for main() alone.
+    `draw(start, n) -> pixels (n, C, H, W)` gives pictures, where the teacher's weights are, or on the CPU if
+    it has none. It is asked for --pool-budget times as many as are kept at most, and for `available` in all.
+    Without --balance the first ones are kept. seen: how many of each class there were. `run`: for main().
     """
-    device = next(teacher.parameters(), torch.empty(0)).device               # a service has no weights here
+    device = next(teacher.parameters(), torch.empty(0)).device               # of a service: the CPU
     classes, chunk, chunks_a_round, room = data.num_classes, 64, 16, settings.pool_images
     quota = math.ceil(room / classes)
     room = quota * classes if settings.balance else min(room, available or room)
