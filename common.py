@@ -240,9 +240,7 @@ def augment(pixels, data):
 # ------------------------------------------------------------------------------------------------- 2. models
 # A model names `last_map`: the module whose *input* is its last feature map. A property registers nothing.
 class CifarResNet(ResNet):
-    """torchvision's ResNet with a stem for small images: 3x3 stride 1, no max-pool. ResNet-18: 11,173,962
-    weights.
-    """
+    """torchvision's ResNet with a stem for small images: 3x3, no max-pool. ResNet-18: 11,173,962 weights."""
     def __init__(self, block, layers, num_classes, channels):
         super().__init__(block, layers, num_classes=num_classes)
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
@@ -253,9 +251,7 @@ class CifarResNet(ResNet):
 
 
 class WideBlock(nn.Module):
-    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus shortcut. Where the width changes, both branches take the BN-ReLU
-    output.
-    """
+    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 + shortcut; where the width changes, both follow the first ReLU."""
     def __init__(self, width_in, width_out, stride):
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(width_in), nn.BatchNorm2d(width_out)
@@ -510,9 +506,7 @@ def recorded_statistics(modules):
 
 
 def probe(model, modules, data):
-    """What a forward pass on blank images feeds to these modules: {module: input}, in the order in which they
-    ran.
-    """
+    """What a forward pass on blank images feeds to these modules: {module: input}, in the order they ran."""
     with torch.no_grad(), frozen(model), scoring(), recorded_inputs(modules) as seen:
         model(torch.zeros(2, *data.image_shape, device=next(model.parameters()).device))
     return seen
@@ -700,9 +694,7 @@ def seeded(seed):
 
 
 def with_own_seed(function):
-    """Decorates a function of `settings`: inside, torch is seeded with settings.seed; afterwards all is as
-    before.
-    """
+    """Decorates a function of `settings`: torch starts from its seed, and is as before afterwards."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)

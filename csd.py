@@ -188,7 +188,7 @@ def auxiliary_loss(auxiliary_logits, labels):
 def rotations(images):
     """All four quarter turns, counter-clockwise, image by image: n0k0 n0k1 n0k2 n0k3 n1k0 ...
 
-    Square images.
+    (N, C, H, H) -> (4N, C, H, H)
     """
     turned = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)])              # (4, N, C, H, W)
     return rearrange(turned, "k n c h w -> (n k) c h w")
@@ -201,9 +201,7 @@ def rotation_labels(labels):
 
 # -------------------------------------------------------------------------------------------------- networks
 class Generator(nn.Module):
-    """Latents (N, L) -> pixels (N, C, H, W) in (0, 1) [code]. 32x32, L = 256: 2,328,899 weights. In train
-    mode.
-    """
+    """Latents (N, L) -> pixels (N, C, H, W) in (0, 1), in train mode [code]. 2,328,899 weights at 32x32."""
     def __init__(self, latent_dim, image_shape):
         super().__init__()
         channels, height, width = image_shape
@@ -260,9 +258,7 @@ class Regressor(nn.Module):
 
 
 def reinitialize(network):
-    """Linear and convolution weights N(0, 0.02²), biases 0, BN scale N(1, 0.02²) and shift 0 [code]. In
-    place.
-    """
+    """In place: linear, convolution weights N(0, 0.02²), biases 0, BN scale N(1, 0.02²), shift 0 [code]."""
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d)):
             nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
@@ -291,9 +287,8 @@ def last_map(model, name, data):
 def synthesize(teacher, data, settings, total_steps, student=None, head=None):
     """Fit a fresh generator and its latents.
 
-    -> the best batch it made (N, C, H, W), its targets (N,), mean losses.
-    Stage 1 knows the teacher alone. Stage 2 passes `student` and `head`: the images should be hard
-    for them.
+    -> the best batch it made (N, C, H, W), its targets (N,), mean losses
+    Stage 1 knows the teacher alone. Stage 2 passes `student` and `head`, for whom the images should be hard.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     generator = place_like(reinitialize(Generator(settings.latent_dim, data.image_shape)), teacher)

@@ -176,9 +176,7 @@ def increment_penalty(loss, reference):
 
 # -------------------------------------------------------------------------------------------------- networks
 class Generator(nn.Module):
-    """DAFL's: latents (N, L) -> normalised images (N, C, H, W) [code]. 32x32, L = 1000, C = 3: 8,423,939
-    weights.
-    """
+    """DAFL's, (N, L) -> normalised images (N, C, H, W) [code]. 32x32, L = 1000, C = 3: 8,423,939 weights."""
     def __init__(self, latent_dim, image_shape, channels=128):
         super().__init__()
         image_channels, height, width = image_shape

@@ -763,10 +763,7 @@ def procedural_pixels(name, n, data, settings, device):
     return fit_pixels(strokes(pixels) if settings.strokes else pixels, data)
 
 
-
-
-# ------------------------------------------------------------- appendix: pictures that are there, without
-# labels
+# ------------------------------------------------------- appendix: pictures that are there, without labels
 def real_pictures(name, data_dir="data"):
     """Pictures without their labels, of a data set's training half or of any folder:PATH.
 

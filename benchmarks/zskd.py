@@ -107,8 +107,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
 def soft_ce_loss(logits, targets, temperature):
     """CE between target distributions and softmax(logits / τ), mean over the batch [code].
 
-    (N, K), (N, K) -> (), at least 0. The teacher should answer with the vector that was drawn for
-    the image.
+    (N, K), (N, K) -> (), at least 0. The teacher should answer with the vector drawn for the image.
     """
     return -(targets * F.log_softmax(logits / temperature, dim=1)).sum(1).mean()
 
