@@ -20,7 +20,7 @@ Copy    kd_loss, one_hot_loss, information_entropy_loss, activation_loss, Genera
 Letters T teacher, S student, G generator · N batch, K classes, C H W image, D features f, L latent z.
 Sources [code] the authors' code · [paper] the paper, through others' notes · [memory] unverified ·
         [inferred] a reconstruction or a choice made here. The paper's text was not at hand.
-Words   An iteration is one step of generator and student each; an epoch is 120 iterations.
+Words   An iteration is one step of generator and student each; an epoch is 120 (cifar10-cpu: 280).
 
 Where paper, authors' code and this file differ
  1. Activation: the paper takes the L1 norm of each feature vector [paper], the code the mean element, 120
@@ -33,8 +33,8 @@ Where paper, authors' code and this file differ
  4. Two of the generator's BatchNorms get 0.8 as second argument, which is eps, not momentum: it damps the
     normalisation. The last one has no weights and gives a batch mean 0 and deviation 1 per channel, so no
     `normalize` stands between generator and teacher. Always in train mode [code].
- 5. The three weights changed in the code between 2019-11 (ln, entropy 10) and 2020-09; the last ones are
-    taken. Its README says --act, its parser --a: the README's commands fail. Here it is --act.
+ 5. The three weights changed in the code between 2019-11 (ln, entropy 10) and 2020-09: here the last ones,
+    for digits and cifar10-cpu MNIST's. Its README has --act, its parser --a: the README's commands fail.
  6. The authors report the best epoch on the test set, this file the last one (the best in brackets).
  7. The authors advise to restart a run whose images are all alike. Here the log names such a collapse.
  8. The student's soft cross-entropy [paper] and KL [code] have the same gradient; KL is reported.

@@ -75,8 +75,7 @@ from common import (BadInput, Means, Run, augment, batchnorms, build_model, chec
 # ------------------------------------------------------------------------------------------- hyperparameters
 @dataclass(frozen=True)
 class Settings:
-    """MNIST, LeNet-5 to LeNet-5-half. All [inferred], but [unofficial code]: alpha_epochs, hard, Adam 1e-3.
-    """
+    """MNIST, LeNet-5 to its half: [inferred], but alpha_epochs, hard and Adam 1e-3 [unofficial code]."""
     epochs: int = 10                    # passes over the set
     batch_size: int = 128               # the student's
     teacher_epochs: int = 10            # passes over the set in the self-regulated teacher's training

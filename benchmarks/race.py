@@ -25,7 +25,19 @@ from common import BadInput, Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHERS = {**dict.fromkeys(("cifar10", "cifar10-ledger"), ("cifar10-val", "wrn16_2")),  # set, network
-            "mnist": ("mnist-val", "lenet5")}
+            **dict.fromkeys(("mnist", "mnist-ledger"), ("mnist-val", "lenet5"))}
+READINGS = {    # {row: flags}: other readings of paper and code, beside the rows of a race
+    "csd-raw-head": "--raw-head",
+    "csd-without": "--csd 0",
+    "csd-adversarial": "--csd 0 --adversarial 1",
+    "cudfkd-batch": "--granularity batch",
+    "cudfkd-no-curriculum": "--curriculum none",
+    "cudfkd-no-ramp": "--no-ramp",
+    "dafl-natural-log": "--natural-log",
+    "dafl-sum-activation": "--sum-activation",
+    "dafl-separate-batches": "--separate-batches",
+    "rdskd-previous": "--reference previous",
+}
 RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
     "cifar10": {
         "csd": "csd.py --preset cifar10-cpu",
@@ -43,20 +55,6 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "csd-2h": "csd.py --preset cifar10-cpu --bank-rounds 60 --epochs 30",
         "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
     },
-    "cifar10-ledger": {     # other readings of paper and code, beside the rows above
-        "csd-raw-head": "csd.py --preset cifar10-cpu --raw-head",
-        "csd-without": "csd.py --preset cifar10-cpu --csd 0",
-        "csd-adversarial": "csd.py --preset cifar10-cpu --csd 0 --adversarial 1",
-        "cudfkd-batch": "cudfkd.py --preset cifar10-cpu --granularity batch",
-        "cudfkd-no-curriculum": "cudfkd.py --preset cifar10-cpu --curriculum none",
-        "cudfkd-no-ramp": "cudfkd.py --preset cifar10-cpu --no-ramp",
-        "dafl-natural-log": "dafl.py --preset cifar10-cpu --natural-log",
-        "dafl-sum-activation": "dafl.py --preset cifar10-cpu --sum-activation",
-        "dafl-separate-batches": "dafl.py --preset cifar10-cpu --separate-batches",
-        "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
-        "rdskd-previous": "rdskd.py --preset cifar10-cpu --reference previous",
-        "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
-    },
     "mnist": {
         "csd": "csd.py --preset mnist-cpu",
         "cudfkd": "cudfkd.py --preset mnist-cpu",
@@ -69,7 +67,13 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-kd": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode kd",
         "real-labels": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode ce",
     },
+    **{f"{name}-ledger": {row: f"{row.partition('-')[0]}.py --preset {name}-cpu {flags}"
+                          for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},
 }
+RACES["cifar10-ledger"].update({
+    "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
+    "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
+})
 STAGES = {"csd": "bank", "deepinversion": "pool", "rdskd": "generator", "surrogate_kd": "pool",
           "regulated_kd": "significance", "zskd": "pool"}
 
