@@ -64,18 +64,19 @@ def test_common_computes_no_distillation_loss():
     assert not [name for name in defined("common") if re.search("_loss(es)?$", name)]
 
 
-def test_lines_are_at_most_110_columns_wide():
+def test_lines_are_at_most_110_columns_wide_and_those_of_prose_100():
     assert not [f"{path.relative_to(ROOT)}:{number}" for folder in ("", "tests/", "benchmarks/")
                 for path in ROOT.glob(folder + "*.py")
                 for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
+    prose = re.sub("```.*?```|<!-- end -->", "", README + BENCHMARKS, flags=re.S).splitlines()
+    assert not [line for line in prose if len(line) > 100 and line[0] != "|" and "](" not in line]
 
 
 def test_requirements_have_lower_bounds_and_reasons_and_cover_what_is_imported():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+\s+# .+", line) for line in lines)
     known = {line.partition(">")[0] for line in lines} | {"sklearn", "PIL", "numpy", "common"}
-    used = {module.partition(".")[0] for name in BUDGETS for module in imported(name)}
-    assert used <= known | sys.stdlib_module_names
+    assert {m.partition(".")[0] for name in BUDGETS for m in imported(name)} <= known | sys.stdlib_module_names
 
 
 # ------------------------------------------------------------------------------------- signatures and losses
