@@ -362,14 +362,16 @@ def costs_table(measurements):
 
 def front_table(groups, measurements):
     """The race on CIFAR-10 in fewer columns."""
-    learns_from = {"regulated_kd": "the training images", "surrogate_kd": "other pictures"}
     for title, lines in race_tables(groups, measurements).items():
         for line in lines if title == "Race on cifar10" else []:
-            kept = ("flags", "**student, last epoch**", "agreement with the teacher",
-                    "runs with a collapse", "teacher queries, million", "seeds")
-            method = line["method, preset"].partition(",")[0]
+            kept = ("**student, last epoch**", "agreement with the teacher", "runs with a collapse",
+                    "teacher queries, million", "seeds")
+            method, preset = line["method, preset"].split(", ")
+            flags = f"--preset {preset} {line['flags'].strip('`')}".removesuffix(" -")
+            pictures = "other photographs" if "folder:" in flags else "drawn pictures"
+            learns_from = {"regulated_kd": "the training images", "surrogate_kd": pictures}
             yield {"method": f"`{method}`", "learns from": learns_from.get(method, "the teacher alone"),
-                   **{name: line[name] for name in kept}}
+                   "flags": f"`{flags}`", **{name: line[name] for name in kept}}
 
 
 def all_tables(runs, measurements):
