@@ -76,7 +76,7 @@ def test_requirements_have_lower_bounds_and_reasons_and_cover_what_is_imported()
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+\s+# .+", line) for line in lines)
     known = {line.partition(">")[0] for line in lines} | {"sklearn", "PIL", "numpy", "common"}
-    assert {m.partition(".")[0] for name in BUDGETS for m in imported(name)} <= known | sys.stdlib_module_names
+    assert {m.partition(".")[0] for n in BUDGETS for m in imported(n)} <= known | sys.stdlib_module_names
 
 
 # ------------------------------------------------------------------------------------- signatures and losses
