@@ -240,7 +240,7 @@ def augment(pixels, data):
 # ------------------------------------------------------------------------------------------------- 2. models
 # A model names `last_map`: the module whose *input* is its last feature map. A property registers nothing.
 class CifarResNet(ResNet):
-    """torchvision's ResNet with a stem for small images: 3x3, no max-pool. ResNet-18: 11,173,962 weights."""
+    """torchvision's ResNet with a small stem: 3x3 stride 1, no max-pool. ResNet-18: 11,173,962 weights."""
     def __init__(self, block, layers, num_classes, channels):
         super().__init__(block, layers, num_classes=num_classes)
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
@@ -251,7 +251,7 @@ class CifarResNet(ResNet):
 
 
 class WideBlock(nn.Module):
-    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 + shortcut; where the width changes, both follow the first ReLU."""
+    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus shortcut; it starts after the first ReLU if the width changes."""
     def __init__(self, width_in, width_out, stride):
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(width_in), nn.BatchNorm2d(width_out)
@@ -694,7 +694,7 @@ def seeded(seed):
 
 
 def with_own_seed(function):
-    """Decorates a function of `settings`: torch starts from its seed, and is as before afterwards."""
+    """Decorates a function of `settings`: torch starts at settings.seed; afterwards it is as before."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)

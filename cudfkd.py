@@ -24,7 +24,7 @@ Copy    kd_losses, l1_losses, curriculum_weights, curriculum_regularizer, curric
         images_and_answers, distill
 Letters T teacher, S student, G generator · ℓ loss of an image, v its weight, λ the age, α the adversarial
         weight · N batch, K classes, C H W image, L latent, M images in a round.
-Words   A round is one step of the generator, then ten of the student; an epoch is 40 rounds (short: 20).
+Words   A round is a step of the generator, then ten of the student. An epoch is 40 rounds, for a CPU also 20.
 Sources [code] the authors' code · [authors] their README and notebooks · [inferred] a reconstruction or a
         choice made here. The paper's text was not at hand: no equation number stands here.
 

@@ -23,7 +23,7 @@ Letters T teacher, S student, G generator, P the teacher's probabilities · N ba
         image, L latent z.
 Sources [code] the authors' code · [abstract] the paper's · [inferred] a reconstruction or a choice made
         here. The paper's method section and tables were not at hand.
-Words   A round is 120 steps of the generator, an epoch 120 of the student, where no short preset has others.
+Words   A round is 120 steps of the generator, an epoch 120 of the student; short presets have other numbers.
 
 Where paper, authors' code and this file differ
  1. "Exponential penalty on loss increments" [abstract]: the code remembers each loss at the second step
