@@ -50,7 +50,10 @@ Where paper, authors' code and this file differ
     convolution after it are one layer of common.py: the same mathematics up to rounding, in less time. On
     CUDA the default is TF32 with cudnn.benchmark; the authors run fp32 with cudnn.deterministic
     (--precision fp32 --deterministic).
-10. Teachers: the authors' take SGD, batch 256, decay 1e-4, three steps, best epoch on the test set; here
+10. Not of CSD, off unless told [inferred]. --mixup: teacher and student see (1 - λ) u + λ u', λ uniform in
+    [0, 1), one for each image, the head sees u. --keep-generator: the convolutions go on from batch to batch,
+    z and the linear layer are new, an idea of Fast-DFKD (2112.06253), from memory.
+11. Teachers: the authors' take SGD, batch 256, decay 1e-4, three steps, best epoch on the test set; here
     batch 128, decay 5e-4, cosine, last epoch (common.py).
 """
 import math
@@ -79,6 +82,7 @@ class Settings:
     kd: float = 1.0                     # weight of kd_loss
     ce: float = 1.0                     # weight of CE with the bank's labels
     feature: float = 30.0               # weight of feature_loss, the last maps' squared error; 0 = off
+    mixup: bool = False                 # student and teacher see mixtures of two images; needs --ce 0
     teacher_last_map: str = ""         # layer whose input is the teacher's last map, for one not of common.py
     student_last_map: str = ""          # the same of the student
     lr_head: float = 0.1                # SGD, momentum 0.9, constant
@@ -88,6 +92,7 @@ class Settings:
     synthesis_steps: int = 200          # generator steps a batch, stage 2
     lr_generator: float = 1e-3          # Adam, betas (0.5, 0.999), for generator and latents
     latent_dim: int = 256               # length of z
+    keep_generator: bool = False        # a batch starts from the convolutions that made the one before
     oh: float = 1.0                     # weight of one_hot_loss
     bn: float = 1.0                     # weight of bn_loss
     csd: float = 10.0                   # weight of csd_loss; 0 = off
@@ -108,6 +113,11 @@ PRESETS = {
     # [inferred] for the races in benchmarks/. LeNet-5's half diverges at rate 0.1
     "cifar10-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=20, bank_synthesis_steps=30,
                            synthesis_steps=20, lr_generator=3e-3, epochs=10, student_steps=235),
+    # [inferred], the same budget without what is CSD's own: images of stage 1, plain distillation
+    "cifar10-cpu-plain": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=100, bank_synthesis_steps=10,
+                                 synthesis_steps=10, lr_generator=3e-3, keep_generator=True, csd=0.0,
+                                 feature=0.0, ce=0.0, mixup=True, temperature=10.0, epochs=10,
+                                 student_steps=310),
     "mnist-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=80, bank_synthesis_steps=15,
                          synthesis_steps=15, lr_generator=3e-3, epochs=20, student_steps=400,
                          lr_student=0.01),
@@ -287,14 +297,22 @@ def last_map(model, name, data):
 
 
 # -------------------------------------------------------------------------- one batch of images (both stages)
-def synthesize(teacher, data, settings, total_steps, student=None, head=None):
-    """Fit a fresh generator and its latents.
+def new_generator(teacher, data, settings):
+    """A generator with the authors' first weights, on the teacher's device."""
+    return place_like(reinitialize(Generator(settings.latent_dim, data.image_shape)), teacher)
+
+
+def synthesize(teacher, data, settings, total_steps, student=None, head=None, generator=None):
+    """Fit a fresh generator and its latents, or `generator`, of which the linear layer alone is drawn anew.
 
     -> the best batch it made (N, C, H, W), its targets (N,), mean losses
     Stage 1 knows the teacher alone. Stage 2 passes `student` and `head`, for whom the images should be hard.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
-    generator = place_like(reinitialize(Generator(settings.latent_dim, data.image_shape)), teacher)
+    if generator:
+        reinitialize(generator.layers[0])
+    else:
+        generator = new_generator(teacher, data, settings)
     z = torch.randn(n, settings.latent_dim, device=device, requires_grad=True)         # the latents learn too
     targets = torch.randint(data.num_classes, (n,), device=device).sort().values      # sorted, as in the code
     optimizer = torch.optim.Adam([*generator.parameters(), z], settings.lr_generator, betas=(0.5, 0.999))
@@ -346,9 +364,10 @@ def synthesize_bank(teacher, data, settings, run=None):
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     pixels = torch.zeros(settings.bank_rounds * n, *data.image_shape, dtype=torch.uint8, device=device)
     labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
-    start = run.resume(pixels=pixels, labels=labels) if run else 0
+    kept = dict(generator=new_generator(teacher, data, settings)) if settings.keep_generator else {}
+    start = run.resume(pixels=pixels, labels=labels, **kept) if run else 0
     for bank_round in range(start, settings.bank_rounds):
-        made, targets, losses = synthesize(teacher, data, settings, settings.bank_synthesis_steps)
+        made, targets, losses = synthesize(teacher, data, settings, settings.bank_synthesis_steps, **kept)
         rows = slice(bank_round * n, (bank_round + 1) * n)
         pixels[rows], labels[rows] = to_bytes(made), targets
         if run:
@@ -357,6 +376,12 @@ def synthesize_bank(teacher, data, settings, run=None):
 
 
 # --------------------------------------------------------------------------------------------- the algorithm
+def check(settings):
+    """Raises BadInput for settings that make no sense together."""
+    if settings.mixup and settings.ce:
+        raise BadInput("--mixup needs --ce 0: a mixture of two images has no class")
+
+
 @with_own_seed
 def distill(teacher, student, data, settings, run=None, bank=None):
     """Train `student` in place on images made from `teacher`, which stays as it is. No real image comes in.
@@ -365,6 +390,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     and checkpoints, for main() alone. Returns the bank of both stages, pixels (M, C, H, W) uint8 and
     labels (M,). Raises FloatingPointError when a loss is not finite.
     """
+    check(settings)
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     bank = bank or synthesize_bank(teacher, data, settings)
     first_pixels, first_labels = (part.to(device) for part in bank)
@@ -384,12 +410,14 @@ def distill(teacher, student, data, settings, run=None, bank=None):
                                 weight_decay=settings.weight_decay)
     head_optimizer = torch.optim.SGD(head.parameters(), settings.lr_head, 0.9,
                                      weight_decay=settings.weight_decay)
+    kept = dict(generator=new_generator(teacher, data, settings)) if settings.keep_generator else {}
     start = run.resume(student=student, regressor=regressor, head=head, optimizer=optimizer,
-                       head_optimizer=head_optimizer, pixels=pixels, labels=labels) if run else 0
+                       head_optimizer=head_optimizer, pixels=pixels, labels=labels, **kept) if run else 0
 
     for epoch in range(start, settings.epochs):
         # ------ (1) G and z: min  w_oh CE(T(u), y) + w_bn L_bn - w_csd CE(head(S(rotations(u))), 4y + k)
-        made, targets, losses = synthesize(teacher, data, settings, settings.synthesis_steps, student, head)
+        made, targets, losses = synthesize(teacher, data, settings, settings.synthesis_steps, student, head,
+                                           **kept)
         end = len(first_labels) + (epoch + 1) * n
         pixels[end - n:end], labels[end - n:end] = to_bytes(made), targets
         reinitialize(head)                 # easy to overlook: new weights each epoch, the old momentum [code]
@@ -402,12 +430,15 @@ def distill(teacher, student, data, settings, run=None, bank=None):
         order = batches(end, settings.batch_size, device)
         with frozen(teacher), recorded_inputs(recorded) as seen:
             for batch in steps(settings.student_steps, "distillation", order):
-                images = normalize(augment(pixels[batch] / 255, data), data)             # (N, C, H, W)
+                images = shown = normalize(augment(pixels[batch] / 255, data), data)     # (N, C, H, W)
+                if settings.mixup:                                           # ours: see the head of this file
+                    share = torch.rand(len(images), 1, 1, 1, device=device)
+                    shown = torch.lerp(images, images[torch.randperm(len(images), device=device)], share)
                 with torch.no_grad():
-                    teacher_logits = teacher(images)                         # (N, K)
+                    teacher_logits = teacher(shown)                          # (N, K)
 
                 # ------ (2) Student, regressor: min  w_kd τ² KL(T || S) + w_ce CE(y) + w_fea MSE(last maps)
-                student_logits = student(images)                             # (N, K)
+                student_logits = student(shown)                              # (N, K)
                 loss_kd = kd_loss(student_logits, teacher_logits, settings.temperature)
                 loss_ce = F.cross_entropy(student_logits, labels[batch])
                 loss_feature = 0.0
@@ -439,13 +470,14 @@ def distill(teacher, student, data, settings, run=None, bank=None):
 
 # the settings that shape stage 1: a bank made with others is refused
 OF_BANK = ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps", "lr_generator",
-           "latent_dim", "oh", "bn")
+           "latent_dim", "keep_generator", "oh", "bn")
 
 
 @command_line
 def main(argv=None):
     options, settings = parse("csd", __doc__, Settings, PRESETS, argv,
                               bank="stage 1's file [checkpoints/TEACHER.bank-seedN.pt]")
+    check(settings)
     data = dataset_spec(options)
     Generator(1, data.image_shape)                                           # refuses an image size now
     names = settings.teacher_last_map, settings.student_last_map

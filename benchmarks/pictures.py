@@ -184,7 +184,8 @@ def race(log):
         if not points:
             raise BadInput(f"{log} has a run without a scored epoch; name the log of a race")
         group = table.race_group(start)
-        name = " ".join([group.method, *(flag for name, flag in group.changed if name != "dataset")])
+        method = group.method + group.preset.partition("-cpu")[2]                  # csd, csd-plain
+        name = " ".join([method, *(flag for name, flag in group.changed if name != "dataset")])
         lines.setdefault(name, []).append(points)
     lines = dict(sorted(lines.items(), key=lambda line: mean(points[-1][2] for points in line[1])))
     timed = sum(any(points[0][0] is not None for points in runs) for runs in lines.values()) > 1

@@ -41,6 +41,7 @@ READINGS = {    # {row: flags}: other readings of paper and code, beside the row
 RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
     "cifar10": {
         "csd": "csd.py --preset cifar10-cpu",
+        "csd-plain": "csd.py --preset cifar10-cpu-plain",
         "cudfkd": "cudfkd.py --preset cifar10-cpu",
         "deepinversion": "deepinversion.py --preset cifar10-cpu",
         "dafl": "dafl.py --preset cifar10-cpu",
@@ -52,7 +53,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-kd": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode kd",
         "real-regulated": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode regulated",
         "real-labels": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode ce",
-        "csd-2h": "csd.py --preset cifar10-cpu --bank-rounds 60 --epochs 30",
+        "csd-plain-2h": "csd.py --preset cifar10-cpu-plain --bank-rounds 300 --epochs 30",
         "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
     },
     "mnist": {
@@ -71,6 +72,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
                           for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},
 }
 RACES["cifar10-ledger"].update({
+    "csd-kept": "csd.py --preset cifar10-cpu --keep-generator --bank-rounds 60 --bank-synthesis-steps 10",
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })

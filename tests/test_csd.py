@@ -105,11 +105,12 @@ def test_networks_have_the_published_sizes_the_right_range_and_the_authors_start
     assert not linear.bias.any() and not bn.bias.any()
 
 
-@pytest.mark.parametrize("changes", [{}, dict(raw_head=True, fresh_head_optimizer=True)], ids=str)
+@pytest.mark.parametrize("changes", [{}, dict(raw_head=True, fresh_head_optimizer=True),
+                                     dict(mixup=True, ce=0.0, keep_generator=True, seed=2)], ids=str)
 def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     """From the same draws, in the paper's order: the same images in the bank and the same student."""
-    settings = tiny_settings(csd, adversarial=0.5, kd=0.8, ce=0.6, oh=1.2, synthesis_steps=5,
-                             lr_generator=0.02, lr_student=0.02, **changes)
+    settings = tiny_settings(csd, adversarial=0.5, kd=0.8, oh=1.2, synthesis_steps=5, lr_generator=0.02,
+                             lr_student=0.02, **{"ce": 0.6, **changes})
     (teacher, student, data), (_, other, _), log = tiny_networks(), tiny_networks(), Log()
     pixels, labels = bank = csd.synthesize_bank(sure(teacher), data, settings)
     found = csd.distill(teacher, student, data, settings, log, bank if changes else None)      # makes it
@@ -127,8 +128,14 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
         head, regressor = csd.AuxiliaryHead(64, 10, settings.raw_head), csd.Regressor(64, 64, 2)
         sgd = torch.optim.SGD([*other.parameters(), *regressor.parameters()], 1, 0.9, weight_decay=1e-4)
         head_sgd = torch.optim.SGD(head.parameters(), settings.lr_head, 0.9, weight_decay=1e-4)
+        if settings.keep_generator:
+            generator = csd.reinitialize(csd.Generator(6, data.image_shape))
         for epoch, rate in enumerate((0.02, 0.01)):            # half a cosine
-            generator, tried = csd.reinitialize(csd.Generator(6, data.image_shape)), []
+            if settings.keep_generator:
+                csd.reinitialize(generator.layers[0])
+            else:
+                generator = csd.reinitialize(csd.Generator(6, data.image_shape))
+            tried = []
             z, y = torch.randn(10, 6).requires_grad_(), torch.randint(10, (10,)).sort().values
             adam = torch.optim.Adam([*generator.parameters(), z], settings.lr_generator, (0.5, 0.999))
             for _ in range(5):
@@ -149,9 +156,14 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
             sgd.param_groups[0]["lr"] = rate
             for batch in torch.randperm(len(pixels)).split(8)[:3]:
                 images = common.normalize(common.augment(pixels[batch] / 255, data), data)
-                t, s = teacher(images).detach(), other.train()(images)
+                seen = images
+                if settings.mixup:
+                    part = torch.rand(8)[:, None, None, None]
+                    seen = (1 - part) * images + part * images[torch.randperm(8)]
+                t, s = teacher(seen).detach(), other.train()(seen)
                 wrong = regressor(of_student[other.bn]) - of_teacher[teacher.bn].detach()
-                loss = (0.8 * kl(s, t, settings.temperature).mean() + 0.6 * F.cross_entropy(s, labels[batch])
+                loss = (0.8 * kl(s, t, settings.temperature).mean()
+                        + settings.ce * F.cross_entropy(s, labels[batch])
                         + settings.feature * wrong.square().mean())
                 sgd.zero_grad(), loss.backward(), sgd.step()
                 head_sgd.zero_grad(), head_loss(images, labels[batch]).backward(), head_sgd.step()
@@ -186,6 +198,7 @@ def test_the_script_says_which_term_is_off_and_refuses_what_it_cannot_make(teach
     assert off.count("the feature term is off") == off.count("the BN term is off") == 1
     assert "feature" not in on
     argv = [*tiny_args(csd, teacher_file), "--teacher-last-map", "nowhere"]
+    assert "--ce 0" in refused(csd, [*argv, "--mixup"], capsys)
     assert "WideResNet" in refused(csd, argv, capsys) and "10x10" in refused(csd, odd_teacher(in_tmp), capsys)
     with pytest.raises(common.BadInput, match="square.*multiple of 4, not 8x12"):
         csd.Generator(6, (1, 8, 12))
