@@ -17,9 +17,10 @@ head. The least-loss batch of each fit joins a bank that only grows. Student and
 Run     python csd.py --dataset digits      (benchmarks/results/csd-digits.jsonl)
                 seeds 0-4, last epoch: student 96.28 ± 0.50 %, teacher 98.89 %
         python csd.py --teacher resnet34 --student resnet18     CIFAR-10, the authors' numbers: not run
+        python csd.py --preset cifar10-cpu-plain --teacher FILE --bank FILE    see 10: 40 minutes, 2 cores
 Copy    kd_loss, feature_loss, one_hot_loss, bn_loss, csd_loss, adversarial_loss, auxiliary_loss,
-        rotations, rotation_labels, Generator, AuxiliaryHead, Regressor, synthesize, synthesize_bank,
-        distill
+        rotations, rotation_labels, Generator, new_generator, AuxiliaryHead, Regressor, synthesize,
+        synthesize_bank, distill
 Letters T teacher, S student, G generator, A augmentation, u = A(pixels) · y class asked for, k quarter
         turns, τ temperature · N batch, K classes, C H W image, L latent, D student features, M images in
         the bank; the last maps are (N, C_s, h, w) of the student and (N, C_t, h', w') of the teacher.
@@ -50,9 +51,11 @@ Where paper, authors' code and this file differ
     convolution after it are one layer of common.py: the same mathematics up to rounding, in less time. On
     CUDA the default is TF32 with cudnn.benchmark; the authors run fp32 with cudnn.deterministic
     (--precision fp32 --deterministic).
-10. Not of CSD, off unless told [inferred]. --mixup: teacher and student see (1 - λ) u + λ u', λ uniform in
-    [0, 1), one for each image, the head sees u. --keep-generator: the convolutions go on from batch to batch,
-    z and the linear layer are new, an idea of Fast-DFKD (2112.06253), from memory.
+10. Ours, in no paper of CSD's: --mixup and --keep-generator. Mixup: teacher and student see (1 - λ) u + λ u',
+    u' of the same batch, λ uniform in [0, 1), one for each image; the head sees u; `target_acc` and `loss_ce`
+    then say little. A kept generator goes on with a stage's next batch, but for its linear layer, z and Adam,
+    akin to Fast-DFKD (2112.06253), which learns a common start. cifar10-cpu-plain has both, and neither head,
+    CSD term, feature regression nor labels: plain distillation on the teacher's images.
 11. Teachers: the authors' take SGD, batch 256, decay 1e-4, three steps, best epoch on the test set; here
     batch 128, decay 5e-4, cosine, last epoch (common.py).
 """
@@ -72,7 +75,7 @@ from common import (BadInput, Means, Run, UpsampledConv2d, augment, batches, bat
 # ------------------------------------------------------------------------------------------- hyperparameters
 @dataclass(frozen=True)
 class Settings:
-    """The authors' numbers for CIFAR-10, WRN-40-2 to WRN-16-1 [code]."""
+    """The authors' numbers for CIFAR-10, WRN-40-2 to WRN-16-1 [code]; mixup and keep_generator are ours."""
     epochs: int = 100                   # stage 2: one synthesised batch each, then --student-steps steps
     student_steps: int = 2000           # student steps an epoch
     batch_size: int = 128               # the student's
@@ -82,7 +85,7 @@ class Settings:
     kd: float = 1.0                     # weight of kd_loss
     ce: float = 1.0                     # weight of CE with the bank's labels
     feature: float = 30.0               # weight of feature_loss, the last maps' squared error; 0 = off
-    mixup: bool = False                 # student and teacher see mixtures of two images; needs --ce 0
+    mixup: bool = False                 # student and teacher see mixtures of two images; needs ce 0
     teacher_last_map: str = ""         # layer whose input is the teacher's last map, for one not of common.py
     student_last_map: str = ""          # the same of the student
     lr_head: float = 0.1                # SGD, momentum 0.9, constant
@@ -92,7 +95,7 @@ class Settings:
     synthesis_steps: int = 200          # generator steps a batch, stage 2
     lr_generator: float = 1e-3          # Adam, betas (0.5, 0.999), for generator and latents
     latent_dim: int = 256               # length of z
-    keep_generator: bool = False        # a batch starts from the convolutions that made the one before
+    keep_generator: bool = False        # a stage's next batch keeps all of it but the linear layer
     oh: float = 1.0                     # weight of one_hot_loss
     bn: float = 1.0                     # weight of bn_loss
     csd: float = 10.0                   # weight of csd_loss; 0 = off
@@ -113,7 +116,7 @@ PRESETS = {
     # [inferred] for the races in benchmarks/. LeNet-5's half diverges at rate 0.1
     "cifar10-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=20, bank_synthesis_steps=30,
                            synthesis_steps=20, lr_generator=3e-3, epochs=10, student_steps=235),
-    # [inferred], the same budget without what is CSD's own: images of stage 1, plain distillation
+    # [inferred], the same budget for difference 10 above: a kept generator, plain distillation
     "cifar10-cpu-plain": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=100, bank_synthesis_steps=10,
                                  synthesis_steps=10, lr_generator=3e-3, keep_generator=True, csd=0.0,
                                  feature=0.0, ce=0.0, mixup=True, temperature=10.0, epochs=10,
@@ -303,16 +306,17 @@ def new_generator(teacher, data, settings):
 
 
 def synthesize(teacher, data, settings, total_steps, student=None, head=None, generator=None):
-    """Fit a fresh generator and its latents, or `generator`, of which the linear layer alone is drawn anew.
+    """Fit a fresh generator and its latents.
 
     -> the best batch it made (N, C, H, W), its targets (N,), mean losses
     Stage 1 knows the teacher alone. Stage 2 passes `student` and `head`, for whom the images should be hard.
+    `generator`: goes on from here, trained in place, but for its linear layer, which is drawn anew.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
-    if generator:
-        reinitialize(generator.layers[0])
-    else:
+    if generator is None:
         generator = new_generator(teacher, data, settings)
+    else:
+        reinitialize(generator.layers[0])
     z = torch.randn(n, settings.latent_dim, device=device, requires_grad=True)         # the latents learn too
     targets = torch.randint(data.num_classes, (n,), device=device).sort().values      # sorted, as in the code
     optimizer = torch.optim.Adam([*generator.parameters(), z], settings.lr_generator, betas=(0.5, 0.999))
@@ -379,7 +383,7 @@ def synthesize_bank(teacher, data, settings, run=None):
 def check(settings):
     """Raises BadInput for settings that make no sense together."""
     if settings.mixup and settings.ce:
-        raise BadInput("--mixup needs --ce 0: a mixture of two images has no class")
+        raise BadInput("--mixup needs --ce 0: a mixture of two images has no class; or say --no-mixup")
 
 
 @with_own_seed
@@ -431,7 +435,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
         with frozen(teacher), recorded_inputs(recorded) as seen:
             for batch in steps(settings.student_steps, "distillation", order):
                 images = shown = normalize(augment(pixels[batch] / 255, data), data)     # (N, C, H, W)
-                if settings.mixup:                                           # ours: see the head of this file
+                if settings.mixup:                                           # difference 10 above
                     share = torch.rand(len(images), 1, 1, 1, device=device)
                     shown = torch.lerp(images, images[torch.randperm(len(images), device=device)], share)
                 with torch.no_grad():

@@ -30,6 +30,7 @@ READINGS = {    # {row: flags}: other readings of paper and code, beside the row
     "csd-raw-head": "--raw-head",
     "csd-without": "--csd 0",
     "csd-adversarial": "--csd 0 --adversarial 1",
+    "csd-kept": "--keep-generator",
     "cudfkd-batch": "--granularity batch",
     "cudfkd-no-curriculum": "--curriculum none",
     "cudfkd-no-ramp": "--no-ramp",
@@ -72,7 +73,6 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
                           for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},
 }
 RACES["cifar10-ledger"].update({
-    "csd-kept": "csd.py --preset cifar10-cpu --keep-generator --bank-rounds 60 --bank-synthesis-steps 10",
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })

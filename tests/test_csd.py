@@ -172,6 +172,18 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     assert_close(student, other), assert_close(log.state["head"], head)
 
 
+def test_a_kept_generator_goes_on_but_for_its_linear_layer_and_a_mixture_has_no_class(monkeypatch):
+    (teacher, student, data), drawn, draw = tiny_networks(), [], csd.reinitialize
+    settings = tiny_settings(csd, keep_generator=True, bank_rounds=3)
+    monkeypatch.setattr(csd, "reinitialize", lambda network: drawn.append(network) or draw(network))
+    pixels, _ = csd.synthesize_bank(sure(teacher), data, settings)
+    generator, *linear = drawn
+    assert isinstance(generator, csd.Generator) and len(pixels) == 3 * settings.synthesis_batch_size
+    assert len(linear) == 3 and all(layer is generator.layers[0] for layer in linear)
+    with pytest.raises(common.BadInput, match="--ce 0"):
+        csd.distill(teacher, student, data, tiny_settings(csd, mixup=True))
+
+
 @pytest.mark.parametrize("sides, height", [((8, 8), 4), ((7, 7), 4), ((4, 6), 7), ((3, 3), 1)])
 def test_the_regressor_pools_as_pytorch_does(sides, height):
     regressor, maps = csd.Regressor(3, 5, height).eval(), torch.randn(2, 3, *sides)
