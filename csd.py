@@ -95,7 +95,7 @@ class Settings:
     synthesis_steps: int = 200          # generator steps a batch, stage 2
     lr_generator: float = 1e-3          # Adam, betas (0.5, 0.999), for generator and latents
     latent_dim: int = 256               # length of z
-    keep_generator: bool = False        # a stage's next batch keeps all of it but the linear layer
+    keep_generator: bool = False        # a stage's next batch goes on with it, but for its linear layer
     oh: float = 1.0                     # weight of one_hot_loss
     bn: float = 1.0                     # weight of bn_loss
     csd: float = 10.0                   # weight of csd_loss; 0 = off
