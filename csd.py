@@ -86,7 +86,7 @@ class Settings:
     ce: float = 1.0                     # weight of CE with the bank's labels
     feature: float = 30.0               # weight of feature_loss, the last maps' squared error; 0 = off
     mixup: bool = False                 # student and teacher see mixtures of two images; needs ce 0
-    teacher_last_map: str = ""         # layer whose input is the teacher's last map, for one not of common.py
+    teacher_last_map: str = ""          # layer with the teacher's last map as input, for one not of common.py
     student_last_map: str = ""          # the same of the student
     lr_head: float = 0.1                # SGD, momentum 0.9, constant
     raw_head: bool = False              # leave the head's logits as they are instead of at unit length
@@ -108,9 +108,9 @@ class Settings:
 CIFAR10 = Settings()
 PRESETS = {
     "cifar10-wrn40_2-wrn16_1": CIFAR10,
-    "cifar10": CIFAR10,                           # [inferred]: the authors' scripts cover the pair above only
-    "cifar100": CIFAR10,                            # [inferred]
-    "svhn": CIFAR10,                             # [inferred]; the data set's DataSpec has no crop and no flip
+    "cifar10": CIFAR10,                         # [inferred]: the authors' scripts cover the pair above only
+    "cifar100": CIFAR10,                        # [inferred]
+    "svhn": CIFAR10,                            # [inferred]; the data set's DataSpec has no crop and no flip
     # [inferred] for a first look: 1/50 of the authors' stage 1 and 1/100 of their student steps
     "cifar10-short": replace(CIFAR10, bank_rounds=20, bank_synthesis_steps=200, epochs=10, student_steps=200),
     # [inferred] for the races in benchmarks/. LeNet-5's half diverges at rate 0.1
