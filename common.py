@@ -649,6 +649,24 @@ def batches(n, size, device="cpu"):
         yield from one_pass(n, size, device)
 
 
+def revisited(items, visits, total):
+    """The first `total / visits` items as they come, then the same again and again in random order.
+
+    For a network's answers that cost more than the step that learns from them. Above one visit, all that
+    came are kept.
+    """
+    if visits == 1:
+        yield from items
+        return
+    kept = []
+    for item in itertools.islice(items, math.ceil(total / visits)):
+        kept.append(item)
+        yield item
+    while kept:
+        for index in torch.randperm(len(kept)).tolist():
+            yield kept[index]
+
+
 class Means:
     """Means of named terms over a phase. The sums stay on the device, so that no step waits for a GPU."""
     def __init__(self):

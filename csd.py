@@ -51,11 +51,13 @@ Where paper, authors' code and this file differ
     convolution after it are one layer of common.py: the same mathematics up to rounding, in less time. On
     CUDA the default is TF32 with cudnn.benchmark; the authors run fp32 with cudnn.deterministic
     (--precision fp32 --deterministic).
-10. Ours, in no paper of CSD's: --mixup and --keep-generator. Mixup: teacher and student see (1 - λ) u + λ u',
-    u' of the same batch, λ uniform in [0, 1), one for each image; the head sees u; `target_acc` and `loss_ce`
-    then say little. A kept generator goes on with a stage's next batch, but for its linear layer, z and Adam,
-    akin to Fast-DFKD (2112.06253), which learns a common start. cifar10-cpu-plain has both, and neither head,
-    CSD term, feature regression nor labels: plain distillation on the teacher's images.
+10. Ours, in no paper of CSD's: --mixup, --keep-generator, --visits. Mixup: teacher and student see
+    (1 - λ) u + λ u', u' of the same batch, λ uniform in [0, 1), one for each image; the head sees u;
+    `target_acc` and `loss_ce` then say little. A kept generator goes on with a stage's next batch, but for
+    its linear layer, z and Adam, akin to Fast-DFKD (2112.06253), which learns a common start. Visits: a batch
+    that the teacher has answered serves so many student steps, the first at once, the others later in its
+    epoch, in random order. cifar10-cpu-plain has mixup and the kept generator, and neither head, CSD term,
+    feature regression nor labels: plain distillation on the teacher's images.
 11. Teachers: the authors' take SGD, batch 256, decay 1e-4, three steps, best epoch on the test set; here
     batch 128, decay 5e-4, cosine, last epoch (common.py).
 """
@@ -69,13 +71,13 @@ from einops import rearrange
 
 from common import (BadInput, Means, Run, UpsampledConv2d, augment, batches, batchnorms, command_line, cosine,
                     dataset_spec, frozen, last_linear, load_networks, normalize, parse, place_like, probe,
-                    recorded_inputs, recorded_statistics, set_lr, steps, with_own_seed)
+                    recorded_inputs, recorded_statistics, revisited, set_lr, steps, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
 @dataclass(frozen=True)
 class Settings:
-    """The authors' numbers for CIFAR-10, WRN-40-2 to WRN-16-1 [code]; mixup and keep_generator are ours."""
+    """The authors' numbers for CIFAR-10, WRN-40-2 to WRN-16-1 [code]; what difference 10 names is ours."""
     epochs: int = 100                   # stage 2: one synthesised batch each, then --student-steps steps
     student_steps: int = 2000           # student steps an epoch
     batch_size: int = 128               # the student's
@@ -86,6 +88,7 @@ class Settings:
     ce: float = 1.0                     # weight of CE with the bank's labels
     feature: float = 30.0               # weight of feature_loss, the last maps' squared error; 0 = off
     mixup: bool = False                 # student and teacher see mixtures of two images; needs ce 0
+    visits: int = 1                     # student steps for each answered batch; above 1 needs feature 0
     teacher_last_map: str = ""          # layer with the teacher's last map as input, for one not of common.py
     student_last_map: str = ""          # the same of the student
     lr_head: float = 0.1                # SGD, momentum 0.9, constant
@@ -384,6 +387,21 @@ def check(settings):
     """Raises BadInput for settings that make no sense together."""
     if settings.mixup and settings.ce:
         raise BadInput("--mixup needs --ce 0: a mixture of two images has no class; or say --no-mixup")
+    if settings.visits > 1 and settings.feature:
+        raise BadInput("--visits above 1 needs --feature 0: the teacher's last maps are not kept")
+
+
+@torch.no_grad()
+def ask(teacher, pixels, data, settings):
+    """A batch of the bank, pixels (N, C, H, W) uint8, and what the teacher says of it.
+
+    -> images; what teacher and student are shown, the same without --mixup; the teacher's logits (N, K)
+    """
+    images = shown = normalize(augment(pixels / 255, data), data)
+    if settings.mixup:                                                       # difference 10 above
+        share = torch.rand(len(images), 1, 1, 1, device=images.device)
+        shown = torch.lerp(images, images[torch.randperm(len(images), device=images.device)], share)
+    return images, shown, teacher(shown)
 
 
 @with_own_seed
@@ -431,16 +449,11 @@ def distill(teacher, student, data, settings, run=None, bank=None):
         set_lr(optimizer, cosine(settings.lr_student, epoch, settings.epochs))
         means = Means()
         student.train()
-        order = batches(end, settings.batch_size, device)
+        asked = ((batch, *ask(teacher, pixels[batch], data, settings))
+                 for batch in batches(end, settings.batch_size, device))
+        asked = revisited(asked, settings.visits, settings.student_steps)
         with frozen(teacher), recorded_inputs(recorded) as seen:
-            for batch in steps(settings.student_steps, "distillation", order):
-                images = shown = normalize(augment(pixels[batch] / 255, data), data)     # (N, C, H, W)
-                if settings.mixup:                                           # difference 10 above
-                    share = torch.rand(len(images), 1, 1, 1, device=device)
-                    shown = torch.lerp(images, images[torch.randperm(len(images), device=device)], share)
-                with torch.no_grad():
-                    teacher_logits = teacher(shown)                          # (N, K)
-
+            for batch, images, shown, teacher_logits in steps(settings.student_steps, "distillation", asked):
                 # ------ (2) Student, regressor: min  w_kd τ² KL(T || S) + w_ce CE(y) + w_fea MSE(last maps)
                 student_logits = student(shown)                              # (N, K)
                 loss_kd = kd_loss(student_logits, teacher_logits, settings.temperature)

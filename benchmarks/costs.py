@@ -178,6 +178,13 @@ def training_gflop(name, image_shape, classes=10):
     return counter.get_total_flops() / FEW / 1e9
 
 
+def forward_gflop(name, image_shape, classes):
+    """GFLOP of one image's forward pass"""
+    with FlopCounterMode(display=False) as counter, seeded(0), torch.no_grad():
+        build_model(name, classes, image_shape).eval()(torch.randn(FEW, *image_shape))
+    return counter.get_total_flops() / FEW / 1e9
+
+
 def images_of(options):
     """Real training images of the command's data set."""
     images = TRAINING_IMAGES.get(options.dataset.removesuffix("-val"), 60_000)
@@ -198,6 +205,10 @@ def cost(command):
     for phase, (steps, size) in phases.items():
         if steps:
             each = {name: (more[phase][name] - few[phase][name]) / (MORE - FEW) for name in few[phase]}
+            if phase == "distillation" and getattr(settings, "visits", 1) > 1:   # asked only at the first
+                spared = 1 - math.ceil(settings.student_steps / settings.visits) / settings.student_steps
+                each["gflop"] -= spared * forward_gflop(names[0], data.image_shape, data.num_classes)
+                each["queries"] -= spared
             full = steps                                       # a step at half the side is a quarter
             if module is deepinversion and phase != "distillation":
                 low = settings.low_resolution_steps

@@ -23,8 +23,8 @@ import surrogate_sets
 import table
 import throughput
 import zskd
-from conftest import (METHODS, ROOT, TINY, common, cudfkd, dafl, deepinversion, regulated_kd, surrogate_kd,
-                      tiny_args, tiny_networks, tiny_settings)
+from conftest import (METHODS, ROOT, TINY, common, csd, cudfkd, dafl, deepinversion, regulated_kd,
+                      surrogate_kd, tiny_args, tiny_networks, tiny_settings)
 from helpers import D, equal, near, refused, rows_of, weights_of
 from test_methods import each
 
@@ -106,10 +106,11 @@ def test_throughput_times_both_orders_of_work_and_counts_them(name, wasted, in_t
     assert authors - here == pytest.approx(wasted, rel=1e-3 if name == "csd" else 1e-6)
 
 
-@each([method for method in METHODS if method is not regulated_kd])
-def test_costs_are_those_of_a_real_run(method, teacher_file, in_tmp):
+@pytest.mark.parametrize("method, flags", [(csd, "--visits 2 --feature 0"), *(
+    (method, "") for method in METHODS if method is not regulated_kd)])
+def test_costs_are_those_of_a_real_run(method, flags, teacher_file, in_tmp):
     """The teacher queries to the last image, the FLOPs but for those of probes on blank images."""
-    args = [*tiny_args(method, teacher_file), "--eval-every", "2"]
+    args = [*tiny_args(method, teacher_file), "--eval-every", "2", *flags.split()]
     with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as mode:
         patch.setattr(common, "predict", lambda model, images, data: torch.zeros(len(images.labels), 10))
         patch.setattr(surrogate_kd, "inspect_surrogate", lambda *args: dict(

@@ -314,6 +314,18 @@ def test_batches_visit_all_once_a_pass_and_keep_the_short_one():
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
+def test_revisited_items_come_once_in_order_and_then_again_at_random():
+    for visits, total, asked in ((1, 7, 7), (3, 60, 20), (2, 41, 21)):
+        items = itertools.count()
+        with common.seeded(0):
+            came = list(itertools.islice(common.revisited(items, visits, total), total))
+        assert came[:asked] == list(range(asked)) and next(items) == asked         # no item more was taken
+        again = [came[start:start + asked] for start in range(asked, total, asked)]
+        assert all(len({*part}) == len(part) and {*part} <= {*range(asked)} for part in again)
+        assert not again or again[0] != sorted(again[0])
+    assert [*common.revisited([], 2, 4)] == [] and [*common.revisited("ab", 1, 4)] == ["a", "b"]
+
+
 def test_means_average_and_name_the_bad_term():
     means = common.Means()
     for a, b in ((1.0, 2.0), (3.0, 4.0)):
