@@ -459,7 +459,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
                 loss_kd = kd_loss(student_logits, teacher_logits, settings.temperature)
                 loss_ce = F.cross_entropy(student_logits, labels[batch])
                 loss_feature = 0.0
-                if use_feature:
+                if use_feature:                          # ask() ran the teacher on this batch: visits is 1
                     loss_feature = feature_loss(regressor(seen[student_map]), seen[teacher_map])
                 optimizer.zero_grad()
                 (settings.kd * loss_kd + settings.ce * loss_ce + settings.feature * loss_feature).backward()
