@@ -56,8 +56,8 @@ Where paper, authors' code and this file differ
     `target_acc` and `loss_ce` then say little. A kept generator goes on with a stage's next batch, but for
     its linear layer, z and Adam, akin to Fast-DFKD (2112.06253), which learns a common start. Visits: a batch
     that the teacher has answered serves so many student steps, the first at once, the others later in its
-    epoch, in random order. cifar10-cpu-plain has mixup and the kept generator, and neither head, CSD term,
-    feature regression nor labels: plain distillation on the teacher's images.
+    epoch, in random order. cifar10-cpu-plain has all three, and neither head, CSD term, feature regression
+    nor labels: plain distillation on the teacher's images.
 11. Teachers: the authors' take SGD, batch 256, decay 1e-4, three steps, best epoch on the test set; here
     batch 128, decay 5e-4, cosine, last epoch (common.py).
 """
@@ -121,9 +121,9 @@ PRESETS = {
                            synthesis_steps=20, lr_generator=3e-3, epochs=10, student_steps=235),
     # [inferred], the same budget for difference 10 above: a kept generator, plain distillation
     "cifar10-cpu-plain": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=100, bank_synthesis_steps=10,
-                                 synthesis_steps=10, lr_generator=3e-3, keep_generator=True, csd=0.0,
+                                 bn=3.0, synthesis_steps=10, lr_generator=3e-3, keep_generator=True, csd=0.0,
                                  feature=0.0, ce=0.0, mixup=True, temperature=10.0, epochs=10,
-                                 student_steps=310),
+                                 student_steps=459, visits=3),
     "mnist-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=80, bank_synthesis_steps=15,
                          synthesis_steps=15, lr_generator=3e-3, epochs=20, student_steps=400,
                          lr_student=0.01),

@@ -52,6 +52,9 @@ Where paper, authors' code and this file differ
  8. Shaders stand in for 1,089 programs whose archive is offline: small random networks of the coordinates
     [inferred]. The spectrum leaves out the original's matching of colours and wavelets; leaves, walks and
     generator are shorter, for 32x32.
+ 9. Ours, in no paper: --visits. A batch that the teacher has answered serves so many student steps, the
+    first at once, the others later in its epoch, in random order. An epoch has as many steps as before, on
+    so much smaller a part of the pool.
 """
 import hashlib
 import math
@@ -69,8 +72,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common import (DATASETS, BadInput, Means, Run, build_optimizer, command_line, cosine, crop_by_offsets,
                     dataset_spec, frozen, is_file_name, last_linear, load_dataset, load_networks, normalize,
-                    parse, read_classifier, recorded_inputs, save_samples, scoring, seeded, set_lr, steps,
-                    with_own_seed)
+                    parse, read_classifier, recorded_inputs, revisited, save_samples, scoring, seeded, set_lr,
+                    steps, with_own_seed)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -80,6 +83,7 @@ class Settings:
     [notes]; set, budget and padding [inferred]."""
     epochs: int = 400                   # passes over the pool
     batch_size: int = 256               # the student's
+    visits: int = 1                     # student steps for each answered batch, see 9
     surrogate: str = "shader"        # one of GENERATORS, the name of a data set, or folder:PATH with pictures
     pool_images: int = 50_000        # pictures that are kept; with --balance the next multiple of the classes
     pool_budget: int = 5                # with --balance: at most so many times as many are made
@@ -441,17 +445,23 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
         attacked_rows = full_batches(int(across), number, device) if number else None
         means, answers = Means(), torch.zeros(data.num_classes, dtype=torch.long, device=device)
         student.train()
-        with frozen(teacher):
-            for _ in steps(math.ceil(m / size), "distillation"):
+
+        def asked():
+            """Without end: a batch's pixels and images (N, C, H, W), the teacher's logits (N, K)."""
+            while True:
                 parts = []
                 if number < size:
                     parts.append(augment_surrogates(surrogate[next(clean_rows)] / 255, settings))
                 if number:
                     parts.append(attacked[next(attacked_rows)] / 255)        # not augmented again
-                pixels = torch.cat(parts)
-                images = normalize(pixels, data)                             # (N, C, H, W)
+                images = normalize(pixels := torch.cat(parts), data)
                 with torch.no_grad():
-                    teacher_logits = teacher(images)                         # (N, K)
+                    teacher_logits = teacher(images)
+                yield pixels, images, teacher_logits
+        many = math.ceil(m / size)
+        with frozen(teacher):
+            for pixels, images, teacher_logits in steps(many, "distillation",
+                                                        revisited(asked(), settings.visits, many)):
                 student_logits = student(images)                             # (N, K)
                 both = student_logits, teacher_logits
                 if settings.standardize:

@@ -131,6 +131,7 @@ class Meter:
         self.found[name] = dict(gflop=flops / 1e9, queries=asked, mb=held / 2 ** 20)
 
     def steps(self, total, name, order=None):
+        self.ended = getattr(self, "ended", None) or self.now()             # `order` may ask the teacher
         for step in itertools.islice(order or itertools.count(), 1):
             with self.phase(name):
                 yield step
@@ -206,7 +207,8 @@ def cost(command):
         if steps:
             each = {name: (more[phase][name] - few[phase][name]) / (MORE - FEW) for name in few[phase]}
             if phase == "distillation" and getattr(settings, "visits", 1) > 1:   # asked only at the first
-                spared = 1 - math.ceil(settings.student_steps / settings.visits) / settings.student_steps
+                an_epoch = steps // settings.epochs
+                spared = 1 - math.ceil(an_epoch / settings.visits) / an_epoch
                 each["gflop"] -= spared * forward_gflop(names[0], data.image_shape, data.num_classes)
                 each["queries"] -= spared
             full = steps                                       # a step at half the side is a quarter

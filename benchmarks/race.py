@@ -68,6 +68,8 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "surrogate-noise": "surrogate_kd.py --preset mnist-cpu --surrogate noise",
         "real-kd": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode kd",
         "real-labels": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode ce",
+        "cudfkd-1h": "cudfkd.py --preset mnist-cpu --epochs 75",
+        "dafl-authors": "dafl.py --preset mnist",
     },
     **{f"{name}-ledger": {row: f"{row.partition('-')[0]}.py --preset {name}-cpu {flags}"
                           for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},

@@ -106,7 +106,7 @@ def test_throughput_times_both_orders_of_work_and_counts_them(name, wasted, in_t
     assert authors - here == pytest.approx(wasted, rel=1e-3 if name == "csd" else 1e-6)
 
 
-@pytest.mark.parametrize("method, flags", [(csd, "--visits 2 --feature 0"), *(
+@pytest.mark.parametrize("method, flags", [(csd, "--visits 2 --feature 0"), (surrogate_kd, "--visits 2"), *(
     (method, "") for method in METHODS if method is not regulated_kd)])
 def test_costs_are_those_of_a_real_run(method, flags, teacher_file, in_tmp):
     """The teacher queries to the last image, the FLOPs but for those of probes on blank images."""
