@@ -130,7 +130,8 @@ PRESETS = {   # a real surrogate takes DATASET-real where there is one, unless -
     "cifar10-short": replace(SYNTHETIC, epochs=60),        # [inferred]; so are -cpu, for benchmarks/race.py
     "cifar10-cpu": replace(SYNTHETIC, surrogate="random-generator", epochs=27, batch_size=128,
                            pool_images=20_000, pool_budget=2),
-    "cifar10-cpu-real": replace(REAL, epochs=12, batch_size=128, temperature=10, randaugment=0, mixup=False),
+    "cifar10-cpu-real": replace(REAL, epochs=18, batch_size=128, visits=3, weight_decay=5e-4,
+                                temperature=10, randaugment=0, mixup=False),
     "mnist-cpu": replace(MNIST, epochs=80, pool_images=40_000, temperature=10.0),
     "cifar100": SYNTHETIC,
     "cifar100-real": replace(REAL, surrogate="cifar10"),
