@@ -34,6 +34,7 @@ import re
 import sys
 import textwrap
 import time
+import timeit
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -1094,12 +1095,7 @@ def bf16_slowdown():
     for dtype in (torch.float32, torch.bfloat16):
         images, weights = (torch.ones(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
                            for shape in ((16, 64, 16, 16), (64, 64, 3, 3)))
-        times = []
-        for _ in range(9):                       # some can take many times as long
-            began = time.perf_counter()
-            F.conv2d(images, weights, padding=1)
-            times.append(time.perf_counter() - began)
-        found.append(min(times[1:]))
+        found.append(min(timeit.repeat(lambda: F.conv2d(images, weights, padding=1), number=1, repeat=9)))
     return found[1] / found[0]
 
 
