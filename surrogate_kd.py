@@ -52,9 +52,8 @@ Where paper, authors' code and this file differ
  8. Shaders stand in for 1,089 programs whose archive is offline: small random networks of the coordinates
     [inferred]. The spectrum leaves out the original's matching of colours and wavelets; leaves, walks and
     generator are shorter, for 32x32.
- 9. Ours, in no paper: --visits. A batch that the teacher has answered serves so many student steps, the
-    first at once, the others later in its epoch, in random order. An epoch has as many steps as before, on
-    so much smaller a part of the pool.
+ 9. Ours, in no paper: --visits, student steps for each answered batch: the first at once, the others later
+    in its epoch, in random order. An epoch keeps its steps and sees so much less of the pool.
 """
 import hashlib
 import math
@@ -81,7 +80,7 @@ from common import (DATASETS, BadInput, Means, Run, build_optimizer, command_lin
 class Settings:
     """CIFAR-10, a synthetic set: the released config with four operations [code]; T, 50,000 balanced pictures
     [notes]; set, budget and padding [inferred]."""
-    epochs: int = 400                   # passes over the pool
+    epochs: int = 400                   # passes over the pool, or as many steps with --visits
     batch_size: int = 256               # the student's
     visits: int = 1                     # student steps for each answered batch, see 9
     surrogate: str = "shader"        # one of GENERATORS, the name of a data set, or folder:PATH with pictures
@@ -455,14 +454,15 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
                     parts.append(augment_surrogates(surrogate[next(clean_rows)] / 255, settings))
                 if number:
                     parts.append(attacked[next(attacked_rows)] / 255)        # not augmented again
-                images = normalize(pixels := torch.cat(parts), data)
+                pixels = torch.cat(parts)
+                images = normalize(pixels, data)
                 with torch.no_grad():
                     teacher_logits = teacher(images)
                 yield pixels, images, teacher_logits
-        many = math.ceil(m / size)
+        count = math.ceil(m / size)                                          # student steps
+        batches = revisited(asked(), settings.visits, count)
         with frozen(teacher):
-            for pixels, images, teacher_logits in steps(many, "distillation",
-                                                        revisited(asked(), settings.visits, many)):
+            for pixels, images, teacher_logits in steps(count, "distillation", batches):
                 student_logits = student(images)                             # (N, K)
                 both = student_logits, teacher_logits
                 if settings.standardize:

@@ -415,10 +415,9 @@ GPU = pytest.param("after save 1", "--device cuda --deterministic --precision bf
 @pytest.mark.parametrize("moment, flags", [("before save 2", ""), ("after save 1", ""), GPU])
 def test_a_run_killed_again_and_again_ends_like_another(method, moment, flags, teacher_file, monkeypatch):
     """Each session gets one epoch or one round of a stage further and dies; two more die at the very end."""
-    if method is csd and moment == "after save 1":
-        flags += " --keep-generator --mixup --ce 0 --visits 2 --feature 0"
-    if method is surrogate_kd and moment == "after save 1":
-        flags += " --visits 2"
+    if moment == "after save 1":
+        flags += {csd: " --keep-generator --mixup --ce 0 --visits 2 --feature 0",
+                  surrogate_kd: " --visits 2"}.get(method, "")
     args = [*tiny_args(method, teacher_file, epochs=3), *flags.split(), "--out", "run", "--resume"]
     for folder in ("straight", "killed"):
         (teacher_file.parent / folder).mkdir()

@@ -325,8 +325,7 @@ def trained(n=40, teacher=None, pixels=None, **changes):
 
 @pytest.mark.parametrize("changes", [
     {}, dict(ATTACK, standardize=True, weight_decay=0.01), dict(visits=2),
-    dict(optimizer="sgd", targets="one-hot", lr_student=0.02, weight_decay=0.01)],
-    ids=["kl", "attack", "visits", "ce"])
+    dict(optimizer="sgd", targets="one-hot", lr_student=0.02, weight_decay=0.01)], ids=str)
 def test_distill_equals_the_algorithm_written_anew_on_the_images_that_it_was_shown(changes, in_float64):
     (teacher, other, data), settings = tiny_networks(), settings_of(**changes)
     student, shown, log = trained(teacher=sure(teacher), **changes)
@@ -344,8 +343,7 @@ def test_distill_equals_the_algorithm_written_anew_on_the_images_that_it_was_sho
             loss = F.cross_entropy(s, t.argmax(1))
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     assert len(shown) == 10 and log.rows[0]["loss_kd"] > 0.01 and all(len(pixels) == 8 for pixels in shown)
-    answered = [len({pixels.numpy().tobytes() for pixels in epoch}) for epoch in (shown[:5], shown[5:])]
-    assert answered == [math.ceil(5 / settings.visits)] * 2
+    assert len({pixels.numpy().tobytes() for pixels in shown}) == 2 * math.ceil(5 / settings.visits)
     assert_close(student, other, 1e-5)
 
 
