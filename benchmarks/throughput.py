@@ -93,10 +93,11 @@ class Stopwatch:
         self.laps.setdefault(name, []).append(self.clock() - self.began)
 
     def steps(self, total, name, order=None):
+        self.start()                             # before `order`, which may ask the teacher for its step
         for step in itertools.islice(order or itertools.count(), total):
-            self.start()
             yield step
             self.lap(name)
+            self.start()
 
     def rounds(self, total, name):
         """The same for cudfkd: a lap is a round, with what lies between its two loops."""
