@@ -473,8 +473,9 @@ class Moments(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x):
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
+        if x.device.type == "cpu" and x.dtype != torch.float64:
+            unused = torch.zeros(x.shape[1])       # in float32, which makes the answer float32 for bf16 too
+            mean, variance = torch.ops.aten.batch_norm_update_stats(x, unused, unused, 0.0)
         else:
             variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         ctx.save_for_backward(x, mean)
@@ -485,7 +486,8 @@ class Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         slope = grad_variance * (2 * x.shape[1] / x.numel())
         offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
-        return torch.addcmul(offset.view(1, -1, 1, 1), x, slope.view(1, -1, 1, 1)).to(x.dtype)
+        zeros, ones = torch.zeros_like(slope), torch.ones_like(slope)
+        return F.batch_norm(x, zeros, ones, slope, offset, eps=0.0)    # slope x + offset, in x's own precision
 
 
 @contextlib.contextmanager
@@ -1126,13 +1128,15 @@ def versions():
 
 
 def device_name(device):
-    """'NVIDIA H200', or the CPU's name and the number of threads in use."""
+    """'NVIDIA H200', or 'AMD EPYC AVX512, 2 threads': a CPU, its instructions if beyond AVX2, threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    name += f" {instructions}" * (instructions not in ("DEFAULT", "AVX2"))
     return f"{name}, {torch.get_num_threads()} threads"
 
 

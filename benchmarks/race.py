@@ -54,7 +54,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-kd": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode kd",
         "real-regulated": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode regulated",
         "real-labels": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode ce",
-        "csd-plain-2h": "csd.py --preset cifar10-cpu-plain --bank-rounds 300 --epochs 30",
+        "csd-plain-2h": "csd.py --preset cifar10-cpu-plain --bank-rounds 300 --epochs 30 --precision bf16",
         "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
     },
     "mnist": {
