@@ -468,8 +468,8 @@ def recorded_inputs(modules):
 class Moments(torch.autograd.Function):
     """x (N, C, H, W) -> mean (C,), biased variance (C,), float32, with one backward pass for both.
 
-    d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n. On a CPU, torch.var_mean and its backward
-    pass would take a third of CSD's synthesis step.
+    d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n: the gradient is slope x + offset. On a CPU,
+    torch.var_mean and its backward pass would take a third of CSD's synthesis step.
     """
     @staticmethod
     def forward(ctx, x):
@@ -486,8 +486,7 @@ class Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         slope = grad_variance * (2 * x.shape[1] / x.numel())
         offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
-        zeros, ones = torch.zeros_like(slope), torch.ones_like(slope)
-        return F.batch_norm(x, zeros, ones, slope, offset, eps=0.0)    # slope x + offset, in x's own precision
+        return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=0.0)
 
 
 @contextlib.contextmanager
@@ -1128,7 +1127,7 @@ def versions():
 
 
 def device_name(device):
-    """'NVIDIA H200', or 'AMD EPYC AVX512, 2 threads': a CPU, its instructions if beyond AVX2, threads in use."""
+    """'NVIDIA H200', or 'AMD EPYC AVX512, 2 threads': a CPU, its instructions if beyond AVX2, threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

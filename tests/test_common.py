@@ -242,7 +242,7 @@ def test_recorded_statistics_and_their_gradients_equal_var_mean(dtype, tolerance
         (weights[0] * mean.cos() + weights[1] * variance.sqrt()).sum().backward()
         assert mean.dtype == variance.dtype == torch.float32 and leaf.grad.dtype == dtype
         results.append((mean.detach(), variance.detach(), leaf.grad.float()))
-    for (one, other), near in zip(zip(*results), (1e-5, 1e-5, tolerance)):             # sums are of float32 alone
+    for (one, other), near in zip(zip(*results), (1e-5, 1e-5, tolerance)):
         assert torch.allclose(one, other, rtol=near, atol=near * other.abs().max().item())
     assert not layer._forward_pre_hooks
 
