@@ -5,7 +5,7 @@
 "authors" is the order of work in the authors' code, written anew from its description. "here" is
 the method's own functions, with a stopwatch in the place of their `steps`. The two take turns in
 one process, --laps times. A turn takes two steps of each phase; the second one counts. --precision bf16 is
-for ours alone: the authors' stays in fp32, as their code does. With --each, ours takes more turns, each with
+for ours alone: the authors' stays in fp32, on a GPU in tf32. With --each, ours takes more turns, each with
 one measure switched off: what that measure is worth. The needed
 FLOPs are those of a step in which all that is not trained is frozen. The fraction is needed FLOPs a
 second, over what the machine's own 3x3 convolutions reach between the steps. The authors, at 32x32:
@@ -453,8 +453,8 @@ def measure(options):
                   batch_size=", ".join(map(str, dict.fromkeys(images.values()))), **denominators(watch))
     print(", ".join(f"{key} {value}" for key, value in shared.items() if key.endswith("gflops")))
     for variant, found in laps.items():
-        in_fp32 = ", in fp32" * (variant == "authors" and precision == "bf16")
-        row = dict(shared, variant=variant + in_fp32)
+        without_bf16 = f", in {'tf' if device.type == 'cuda' else 'fp'}32"
+        row = dict(shared, variant=variant + without_bf16 * (variant == "authors" and precision == "bf16"))
         for phase, done in gflop(method, variant, images, device).items():
             times, seconds = found[phase], statistics.median(found[phase])
             ratios = [mine / theirs for mine, theirs in zip(times, laps["authors"][phase])]
