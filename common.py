@@ -484,7 +484,8 @@ class Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_variance):
         x, mean = ctx.saved_tensors
-        slope = grad_variance * (2 * x.shape[1] / x.numel())
+        # batch_norm takes x in bf16 with a slope in float32, but x in float64 only with one in float64
+        slope = (grad_variance * (2 * x.shape[1] / x.numel())).to(torch.promote_types(x.dtype, torch.float32))
         offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
         return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=0.0)
 

@@ -97,6 +97,10 @@ def test_throughput_times_both_orders_of_work_and_counts_them(name, wasted, in_t
     if name in ("csd", "dafl-mnist"):
         throughput.main(["--method", name, "--laps", "1", "--batch-size", "2", "--log", "log.jsonl"])
         assert [row["variant"] for row in rows_of(".") if row[first]["fraction"] > 0] == ["authors", "here"]
+    if name == "dafl-mnist":
+        monkeypatch.setattr(throughput, "in_bf16", (in_bf16 := []).append)
+        throughput.main("--method dafl-mnist --laps 1 --batch-size 2 --precision bf16 --log bf16".split())
+        assert len(in_bf16) == 2 and '"variant": "authors, in fp32"' in open("bf16").read()
     authors, here = (throughput.gflop(method, variant, few, torch.device("cpu"), scored=False)
                      for variant in ("authors", "here"))
     with FlopCounterMode(display=False) as mode, torch.no_grad():

@@ -228,12 +228,14 @@ def test_nothing_stays_on_a_network_and_frozen_saves_its_gradients():
     assert torch.equal(stream, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2),
+                                              (torch.float64, 1e-5)])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_recorded_statistics_and_their_gradients_equal_var_mean(dtype, tolerance, order):
     torch.manual_seed(0)
     x = (3 * torch.randn(6, 5, 7, 4) + 20).to(dtype, memory_format=order)  # E[x²] - E[x]² would lose digits
     layer, weights, results = nn.BatchNorm2d(5), torch.randn(2, 5), []
+    layer.to(torch.promote_types(dtype, torch.float32))
     for ours in (True, False):
         leaf = x.clone().requires_grad_()
         with common.recorded_statistics([layer]) as seen:

@@ -24,9 +24,9 @@ README, BENCHMARKS = ((ROOT / name).read_text() for name in ("README.md", "bench
 BUDGETS = dict(common=1000, dafl=240, rdskd=280, deepinversion=350, cudfkd=360, regulated_kd=340, csd=390,
                surrogate_kd=600)
 # Where a budget collides with a check, a golden number or a feature, these stay, and the number stands here.
-ALLOWED = dict(common=1594, dafl=272, rdskd=329, deepinversion=419, cudfkd=443, regulated_kd=413,
+ALLOWED = dict(common=1595, dafl=272, rdskd=329, deepinversion=419, cudfkd=443, regulated_kd=413,
                csd=517, surrogate_kd=828)
-ALLOWED_IN_TESTS = 3960            # of 2,300, and up to 1,000 more for the tests of trust
+ALLOWED_IN_TESTS = 3966            # of 2,300, and up to 1,000 more for the tests of trust
 
 
 def tree_of(name):
