@@ -55,6 +55,8 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-regulated": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode regulated",
         "real-labels": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode ce",
         "csd-plain-2h": "csd.py --preset cifar10-cpu-plain --bank-rounds 300 --epochs 30 --precision bf16",
+        "csd-plain-2h-bf16":
+            "csd.py --preset cifar10-cpu-plain --bank-rounds 600 --epochs 60 --precision bf16",
         "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
     },
     "mnist": {
