@@ -55,9 +55,12 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-regulated": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode regulated",
         "real-labels": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode ce",
         "csd-plain-2h": "csd.py --preset cifar10-cpu-plain --bank-rounds 300 --epochs 30 --precision bf16",
+        "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
+        "csd-plain-bf16": "csd.py --preset cifar10-cpu-plain --bank-rounds 200 --epochs 20 --precision bf16",
         "csd-plain-2h-bf16":
             "csd.py --preset cifar10-cpu-plain --bank-rounds 600 --epochs 60 --precision bf16",
-        "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
+        "surrogate-cifar100-bf16": "surrogate_kd.py --preset cifar10-cpu-real --epochs 36 --precision bf16 "
+                                   "--surrogate folder:data/cifar100-jpeg",
     },
     "mnist": {
         "csd": "csd.py --preset mnist-cpu",
