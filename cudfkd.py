@@ -136,7 +136,7 @@ PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
     # --preset tiny-imagenet --dataset folder:PATH@64, see 10 above
     "tiny-imagenet": replace(CIFAR100, batch_size=128, synthesis_batch_size=128, latent_dim=1024,
                              adversarial_start=1.0, adversarial_end=33.85, ramp_end=0.75),
-    # [inferred], for benchmarks/race.py. mnist-cpu: two of three runs never learned: ages too low, perhaps
+    # [inferred], for benchmarks/race.py. mnist-cpu: 2 of 3 runs never learn; entropy_temperature 1 mends one
     "cifar10-cpu": replace(WIDE, epochs=17, student_steps=200, batch_size=128, synthesis_batch_size=256,
                            images_per_pass=128, generator_width=32, age_start=0.5, adversarial_end=2.0),
     "mnist-cpu": replace(WIDE, epochs=25, batch_size=256, synthesis_batch_size=256, images_per_pass=128,
