@@ -34,6 +34,7 @@ READINGS = {    # {row: flags}: other readings of paper and code, beside the row
     "cudfkd-batch": "--granularity batch",
     "cudfkd-no-curriculum": "--curriculum none",
     "cudfkd-no-ramp": "--no-ramp",
+    "cudfkd-entropy": "--entropy-temperature 1",
     "dafl-natural-log": "--natural-log",
     "dafl-sum-activation": "--sum-activation",
     "dafl-separate-batches": "--separate-batches",
