@@ -34,7 +34,6 @@ READINGS = {    # {row: flags}: other readings of paper and code, beside the row
     "cudfkd-batch": "--granularity batch",
     "cudfkd-no-curriculum": "--curriculum none",
     "cudfkd-no-ramp": "--no-ramp",
-    "cudfkd-entropy": "--entropy-temperature 1",
     "dafl-natural-log": "--natural-log",
     "dafl-sum-activation": "--sum-activation",
     "dafl-separate-batches": "--separate-batches",
@@ -81,6 +80,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
                           for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},
 }
 RACES["cifar10-ledger"].update({
+    "cudfkd-entropy": "cudfkd.py --preset cifar10-cpu --entropy-temperature 1",    # MNIST's preset has it
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })
