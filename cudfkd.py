@@ -40,8 +40,8 @@ Where paper, authors' code and this file differ
  3. The regularizer f(v; λ), of which v is the minimum, has no gradient: v is a constant in the student's
     step. One version of the code adds its value to the printed loss. Here it only explains v.
  4. The code takes the entropy at the distillation's temperature, 20 on CIFAR-10, where it is nearly ln K
-    for any images. The presets follow; here it has its own flag, --entropy-temperature. The adversarial
-    term always has temperature 3 [code].
+    for any images, also for images of one class. The presets follow, but for mnist-cpu, where two of
+    three runs never learned so; --entropy-temperature. The adversarial term has temperature 3 [code].
  5. The code adds a fixed amount to α after every epoch between two marks, and a fixed number to λ after
     every student step. The presets hold start and end, as they come out over the authors' epochs, so that
     --epochs keeps the curve; a run of one or two epochs is too short for α to rise.
@@ -136,7 +136,7 @@ PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
     # --preset tiny-imagenet --dataset folder:PATH@64, see 10 above
     "tiny-imagenet": replace(CIFAR100, batch_size=128, synthesis_batch_size=128, latent_dim=1024,
                              adversarial_start=1.0, adversarial_end=33.85, ramp_end=0.75),
-    # [inferred], for benchmarks/race.py. mnist-cpu: with the entropy at 20, 2 of 3 runs never learned
+    # [inferred], for benchmarks/race.py
     "cifar10-cpu": replace(WIDE, epochs=17, student_steps=200, batch_size=128, synthesis_batch_size=256,
                            images_per_pass=128, generator_width=32, age_start=0.5, adversarial_end=2.0),
     "mnist-cpu": replace(WIDE, epochs=25, batch_size=256, synthesis_batch_size=256, images_per_pass=128,

@@ -189,7 +189,7 @@ def race(log):
         lines.setdefault(name, []).append(points)
     lines = dict(sorted(lines.items(), key=lambda line: mean(points[-1][2] for points in line[1])))
     timed = sum(any(points[0][0] is not None for points in runs) for runs in lines.values()) > 1
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
     panels = [*figure.subplots(1, 2, sharey=True)] if timed else [None, figure.subplots()]
     colors, named = matplotlib.colormaps["tab20"].colors, {}
@@ -213,7 +213,7 @@ def race(log):
                 axis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))             # 500k, 1M
                 axis.set_minor_formatter("")
     panels[not timed].set_ylabel("student's test error, %")
-    figure.legend(handles=[*named.values()], loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles=[*named.values()], loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

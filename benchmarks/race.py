@@ -74,6 +74,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-kd": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode kd",
         "real-labels": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode ce",
         "cudfkd-1h": "cudfkd.py --preset mnist-cpu --epochs 75",
+        "dafl-1h": "dafl.py --preset mnist-cpu --epochs 200 --batch-size 256",
         "dafl-authors": "dafl.py --preset mnist",
     },
     **{f"{name}-ledger": {row: f"{row.partition('-')[0]}.py --preset {name}-cpu {flags}"

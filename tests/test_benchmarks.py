@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 import any_teacher
@@ -251,15 +251,15 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys, monkeypatch):
     monkeypatch.setattr(table, "on_two_cores", lambda run: run[0]["method"] == "cudfkd")
     assert len(pictures.race("race.jsonl").axes) == 1                        # one row has seconds, not two
     monkeypatch.setattr(table, "on_two_cores", lambda run: run[0]["method"] != "dafl")
-    pictures.main(["race", "race.jsonl", "--out", "picture.png"])
+    pictures.main(["race", f"{ROOT}/benchmarks/results/race-cifar10.jsonl", "--out", "picture.png"])
+    assert ImageOps.invert(Image.open("picture.png").convert("L")).getbbox()[0]     # no name is cut off
     figure = pictures.race("race.jsonl")
     two, _, one = sorted(figure.axes[1].lines, key=lambda line: line.get_label())
     assert len(figure.axes[0].lines) == 2 and len(figure.legends[0].legend_handles) == 3
     assert two.get_label().startswith("cudfkd ") and two.get_label().endswith("runs: 2")
     assert one.get_label().startswith("regulated_kd ") and one.get_label().endswith("runs: 1")
     last = rows_of("runs/b-seed0")[-1]
-    assert one.get_xdata()[-1] == last["teacher_queries"]
-    near(one.get_ydata()[-1], 100 - 100 * last["student_acc_last"])
+    near(one.get_xydata()[-1], [last["teacher_queries"], 100 - 100 * last["student_acc_last"]])
     for command, said in (("curriculum regulated_kd", "no run of cudfkd"), ("regulation cudfkd", "not of"),
                           ("curriculum nowhere", "not a runs log"),
                           ("race begun.jsonl", "without a scored"), ("regulation a b", "draws one run")):
