@@ -81,7 +81,6 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
                           for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},
 }
 RACES["cifar10-ledger"].update({
-    "cudfkd-entropy": "cudfkd.py --preset cifar10-cpu --entropy-temperature 1",    # MNIST's preset has it
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })
