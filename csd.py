@@ -116,7 +116,7 @@ PRESETS = {
     "svhn": CIFAR10,                            # [inferred]; the data set's DataSpec has no crop and no flip
     # [inferred] for a first look: 1/50 of the authors' stage 1 and 1/100 of their student steps
     "cifar10-short": replace(CIFAR10, bank_rounds=20, bank_synthesis_steps=200, epochs=10, student_steps=200),
-    # [inferred] for the races in benchmarks/. LeNet-5's half diverges at rate 0.1; for its feature see 4 above
+    # [inferred] for the races in benchmarks/. LeNet-5's half diverges at rate 0.1; its feature: see 4 above
     "cifar10-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=20, bank_synthesis_steps=30,
                            synthesis_steps=20, lr_generator=3e-3, epochs=10, student_steps=235),
     # [inferred], the same budget for difference 10 above: a kept generator, plain distillation
