@@ -138,8 +138,8 @@ PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
     "tiny-imagenet": replace(CIFAR100, batch_size=128, synthesis_batch_size=128, latent_dim=1024,
                              adversarial_start=1.0, adversarial_end=33.85, ramp_end=0.75),
     # [inferred], for benchmarks/race.py
-    "cifar10-cpu": replace(RACE, epochs=17, student_steps=200, batch_size=128, generator_width=32, age_start=0.5,
-                           adversarial_end=2.0),
+    "cifar10-cpu": replace(RACE, epochs=17, student_steps=200, batch_size=128, generator_width=32,
+                           age_start=0.5, adversarial_end=2.0),
     "mnist-cpu": replace(RACE, epochs=25, batch_size=256, latent_dim=128, generator_width=16, ramp_begin=0.05,
                          adversarial_start=0.0, adversarial_end=5.0, age_start=0.2, age_end=2.0),
     # [inferred] for a CPU; the paper treats neither. The KL of the digits pair is some 0.2: at ages 2 to 12
