@@ -116,7 +116,7 @@ PRESETS = {
     "svhn": CIFAR10,                            # [inferred]; the data set's DataSpec has no crop and no flip
     # [inferred] for a first look: 1/50 of the authors' stage 1 and 1/100 of their student steps
     "cifar10-short": replace(CIFAR10, bank_rounds=20, bank_synthesis_steps=200, epochs=10, student_steps=200),
-    # [inferred] for the races in benchmarks/. LeNet-5's half diverges at rate 0.1; its feature: see 4 above
+    # [inferred] for the races in benchmarks/
     "cifar10-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=20, bank_synthesis_steps=30,
                            synthesis_steps=20, lr_generator=3e-3, epochs=10, student_steps=235),
     # [inferred], the same budget for difference 10 above: a kept generator, plain distillation
@@ -126,7 +126,7 @@ PRESETS = {
                                  student_steps=459, visits=3),
     "mnist-cpu": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=80, bank_synthesis_steps=15,
                          synthesis_steps=15, lr_generator=3e-3, epochs=20, student_steps=400,
-                         lr_student=0.01, feature=1.0),
+                         lr_student=0.01, feature=1.0),  # LeNet-5's half diverges at rate 0.1; see 4 above
     # [inferred], among a dozen by test accuracy on seeds 0, 1; with bn 1, BN outweighs the classes so early
     "digits": replace(CIFAR10, synthesis_batch_size=100, bank_rounds=6, bank_synthesis_steps=60, bn=0.3,
                       synthesis_steps=50, lr_generator=3e-3, epochs=5, student_steps=180, batch_size=64),
