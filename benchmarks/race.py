@@ -74,6 +74,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-kd": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode kd",
         "real-labels": "regulated_kd.py --preset mnist-cpu --plain-teacher --mode ce",
         "cudfkd-1h": "cudfkd.py --preset mnist-cpu --epochs 75",
+        "rdskd-1h": "rdskd.py --preset mnist-cpu --epochs 180",
         "dafl-1h": "dafl.py --preset mnist-cpu --epochs 200 --batch-size 256",
         "dafl-authors": "dafl.py --preset mnist",
     },
