@@ -487,7 +487,8 @@ class Moments(torch.autograd.Function):
         # batch_norm takes x in bf16 with a slope in float32, but x in float64 only with one in float64
         slope = (grad_variance * (2 * x.shape[1] / x.numel())).to(torch.promote_types(x.dtype, torch.float32))
         offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
-        return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=0.0)
+        # 1 + 1e-30 is 1; PyTorch 2.11 refuses eps=0
+        return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=1e-30)
 
 
 @contextlib.contextmanager
