@@ -484,10 +484,9 @@ class Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_variance):
         x, mean = ctx.saved_tensors
-        # batch_norm takes x in bf16 with a slope in float32, but x in float64 only with one in float64
+        # batch_norm takes bf16 with a float32 slope, float64 with a float64 one alone; PyTorch 2.11, no eps=0
         slope = (grad_variance * (2 * x.shape[1] / x.numel())).to(torch.promote_types(x.dtype, torch.float32))
         offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
-        # 1 + 1e-30 is 1; PyTorch 2.11 refuses eps=0
         return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=1e-30)
 
 

@@ -33,16 +33,13 @@ from csd import bn_loss
 from pictures import read_log
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load(path):
     """-> the network in a teacher's or a student's file, in eval mode, and its DataSpec"""
     file = read_classifier(path)
     data = DataSpec(**file["data"])
     network = build_model(file["arch"], data.num_classes, data.image_shape)
     network.load_state_dict(file["weights"])
-    return network.eval().to(DEVICE), data
+    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu"), data
 
 
 @torch.no_grad()
@@ -59,12 +56,13 @@ def measures(folder, rows):
     name = rows[0]["arguments"]["teacher"]
     teacher, data = load(name if is_file_name(name) else teacher_path(rows[0]["arguments"]["dataset"], name))
     student, _ = load(Path(folder, "student.pt"))
+    device = next(teacher.parameters()).device
     epochs = [row["epoch"] for row in rows if row["event"] == "epoch"]
     kept = [read_file(Path(folder, f"epochs/{epoch}.pt"), "student of --keep-epochs") for epoch in epochs]
     for each in kept:
-        each["pixels"] = each["pixels"].to(DEVICE)
+        each["pixels"] = each["pixels"].to(device)
     own = ImageSet(torch.cat([each["pixels"] for each in kept]), None)
-    leaves = ImageSet(leaves_for(data).to(DEVICE), None)
+    leaves = ImageSet(leaves_for(data).to(device), None)
     found = {"last": epochs, "kd-loss": [-row["loss_kd"] for row in rows if row["event"] == "epoch"]}
     for rule, images in (("agreement", own), ("agreement-leaves", leaves)):
         answers, found[rule] = predict(teacher, images, data), []
