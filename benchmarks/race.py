@@ -76,6 +76,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "cudfkd-1h": "cudfkd.py --preset mnist-cpu --epochs 75",
         "rdskd-1h": "rdskd.py --preset mnist-cpu --epochs 180",
         "dafl-1h": "dafl.py --preset mnist-cpu --epochs 200 --batch-size 256",
+        "dafl-24000": "dafl.py --preset mnist-cpu --epochs 200",
         "dafl-authors": "dafl.py --preset mnist",
     },
     **{f"{name}-ledger": {row: f"{row.partition('-')[0]}.py --preset {name}-cpu {flags}"
