@@ -1,6 +1,6 @@
 """Which networks can teach in which method: torchvision's, with random weights, on small images.
 
-    python benchmarks/any_teacher.py [--log benchmarks/results/any-teacher.jsonl] [NETWORK ...]
+    python benchmarks/any_teacher.py [--log benchmarks/results/measurements.jsonl] [NETWORK ...]
 
 Each pair runs the method's own script for one epoch of a few steps. It works, or the script refuses
 the teacher in one sentence. Anything else, a traceback for example, stops this script.
