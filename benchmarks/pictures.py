@@ -204,7 +204,7 @@ def race(log):
                                      label=f"{name}, runs: {len(runs)}", marker=".", markersize=3)
             axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.2,
                               color=color, linewidth=0)
-    for axes, label in zip(panels, ("seconds of two cores", "teacher queries")):
+    for axes, label in zip(panels, ("seconds of two cores (timed runs)", "teacher queries")):
         if axes:
             axes.set(xlabel=label, xscale="log", yscale="log")
             axes.grid(alpha=0.3)
