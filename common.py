@@ -484,7 +484,7 @@ class Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_variance):
         x, mean = ctx.saved_tensors
-        # batch_norm takes bf16 with a float32 slope, float64 with a float64 one alone; PyTorch 2.11, no eps=0
+        # x in bf16 wants a float32 slope, float64 a float64 one; 1 + 1e-30 is 1, PyTorch 2.11 refuses eps=0
         slope = (grad_variance * (2 * x.shape[1] / x.numel())).to(torch.promote_types(x.dtype, torch.float32))
         offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
         return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=1e-30)

@@ -228,11 +228,11 @@ def test_nothing_stays_on_a_network_and_frozen_saves_its_gradients():
     assert torch.equal(stream, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2),
-                                              (torch.float64, 1e-5)])
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float64, 1e-5)])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_recorded_statistics_and_their_gradients_equal_var_mean(dtype, tolerance, order):
-    torch.manual_seed(0)
+def test_recorded_statistics_and_their_gradients_equal_var_mean(dtype, tol, order, monkeypatch):
+    torch.manual_seed(0)                                       # next: eps=0 is refused, as by PyTorch 2.11
+    monkeypatch.setattr(torch, "batch_norm", lambda *args, real=torch.batch_norm: args[7] > 0 and real(*args))
     x = (3 * torch.randn(6, 5, 7, 4) + 20).to(dtype, memory_format=order)  # E[x²] - E[x]² would lose digits
     layer, weights, results = nn.BatchNorm2d(5), torch.randn(2, 5), []
     layer.to(torch.promote_types(dtype, torch.float32))
@@ -244,7 +244,7 @@ def test_recorded_statistics_and_their_gradients_equal_var_mean(dtype, tolerance
         (weights[0] * mean.cos() + weights[1] * variance.sqrt()).sum().backward()
         assert mean.dtype == variance.dtype == torch.float32 and leaf.grad.dtype == dtype
         results.append((mean.detach(), variance.detach(), leaf.grad.float()))
-    for (one, other), near in zip(zip(*results), (1e-5, 1e-5, tolerance)):
+    for (one, other), near in zip(zip(*results), (1e-5, 1e-5, tol)):
         assert torch.allclose(one, other, rtol=near, atol=near * other.abs().max().item())
     assert not layer._forward_pre_hooks
 
