@@ -78,6 +78,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "dafl-1h": "dafl.py --preset mnist-cpu --epochs 200 --batch-size 256",
         "dafl-24000": "dafl.py --preset mnist-cpu --epochs 200",
         "dafl-authors": "dafl.py --preset mnist",
+        "dafl-authors-32": "dafl.py --preset mnist --generator-width 32 --precision bf16",
     },
     **{f"{name}-ledger": {row: f"{row.partition('-')[0]}.py --preset {name}-cpu {flags}"
                           for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},
