@@ -13,11 +13,11 @@
                    regulated_kd.py, which makes none, the real images that were needed most.
     race           the log of a race: test error after so many seconds of two cores, where two rows or more
                    were timed, and so many teacher queries; a line a row, the mean over its seeds between
-                   least and most. Runs beside others are not in the seconds, runs that ask the teacher
-                   nothing not in the queries, runs of earlier presets in neither.
+                   least and most; a colour a preset, its best row unbroken. Runs beside others are not in
+                   the seconds, runs that ask the teacher nothing not in the queries, runs of earlier
+                   presets in neither.
 """
 import functools
-import itertools
 import json
 import sys
 import tempfile
@@ -29,6 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import table
 from common import BadInput, Parser, command_line, load_dataset, read_file, save_samples
+
+DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))            # of a preset's rows, best first
 
 
 def read_runs(path):
@@ -167,7 +169,7 @@ def side_by_side(runs, each=4):
 
 
 def race(log):
-    """-> a matplotlib Figure: test error against seconds, and against teacher queries, a line a row"""
+    """-> a matplotlib Figure: test error against seconds, and against teacher queries."""
     import matplotlib.ticker
     from matplotlib.figure import Figure
     lines = {}                                      # {name: [a seed's (seconds, queries, error) by epoch]}
@@ -192,17 +194,20 @@ def race(log):
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
     panels = [*figure.subplots(1, 2, sharey=True)] if timed else [None, figure.subplots()]
-    colors, named = matplotlib.colormaps["tab20"].colors, {}
-    for color, (name, runs) in zip(itertools.cycle(colors), lines.items()):
+    colors, seen, named = matplotlib.colormaps["tab10"].colors, {}, {}               # seen: {preset: its rows}
+    for name, runs in lines.items():
+        preset = name.split()[0]
+        seen[preset] = seen.get(preset, 0) + 1
+        color, dash = colors[[*seen].index(preset) % 10], DASHES[(seen[preset] - 1) % len(DASHES)]
         for place, axes in enumerate(panels):
             chosen = [points for points in runs if points[0][place] is not None]
             if not axes or not chosen or not chosen[0][-1][place]:           # labels ask the teacher nothing
                 continue
             x, errors = ([[point[which] for point in points] for points in zip(*chosen)]
                          for which in (place, 2))                            # a list of seeds an epoch
-            named[name], = axes.plot([*map(mean, x)], [*map(mean, errors)], color=color, linewidth=1,
-                                     label=f"{name}, runs: {len(runs)}", marker=".", markersize=3)
-            axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.2,
+            named[name], = axes.plot([*map(mean, x)], [*map(mean, errors)], color=color, linestyle=dash,
+                                     label=f"{name}, runs: {len(runs)}", linewidth=1.2)
+            axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.15,
                               color=color, linewidth=0)
     for axes, label in zip(panels, ("seconds of two cores (timed runs)", "teacher queries")):
         if axes:
