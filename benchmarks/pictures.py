@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import table
 from common import BadInput, Parser, command_line, load_dataset, read_file, save_samples
 
-DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))            # of a preset's rows, best first
+DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))    # of a preset's rows, best first
 
 
 def read_runs(path):
@@ -194,7 +194,7 @@ def race(log):
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
     panels = [*figure.subplots(1, 2, sharey=True)] if timed else [None, figure.subplots()]
-    colors, seen, named = matplotlib.colormaps["tab10"].colors, {}, {}               # seen: {preset: its rows}
+    colors, seen, named = matplotlib.colormaps["tab10"].colors, {}, {}          # seen: {preset: its rows}
     for name, runs in lines.items():
         preset = name.split()[0]
         seen[preset] = seen.get(preset, 0) + 1
