@@ -119,7 +119,7 @@ WIDE = replace(CIFAR10, **LARGE, student_loss="kl", adversarial_start=0.5)      
 WIDE100 = replace(CIFAR100, **LARGE, student_loss="kl", temperature=2.0, entropy_temperature=2.0,
                   ramp_end=0.75)
 RACE = replace(WIDE, synthesis_batch_size=256, images_per_pass=128, entropy_temperature=1.0)   # see 4 above
-PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named. They weight by batch, see 1
+PRESETS = {   # [code] its scripts at commit bf3096b, which weight by batch (see 1), or at the commit named
     "cifar10": CIFAR10,
     "cifar10-vgg11-resnet18": replace(CIFAR10, **LARGE, student_loss="kl"),               # commit 7eddc65
     "cifar10-wrn40_2-wrn16_1": replace(WIDE, adversarial_end=6.7),
@@ -128,7 +128,7 @@ PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
     # [inferred] 30 epochs for 250, on the same curves; batches of 256 as beside the time table of the README
     "cifar10-short": replace(CIFAR10, epochs=30, batch_size=256, synthesis_batch_size=256),
     "cifar100": CIFAR100,                           # 300 epochs until 2022-12, when v was one a sample
-    "cifar100-vgg11-resnet18": replace(CIFAR100, **LARGE),        # [inferred]: no script of this pair is left
+    "cifar100-vgg11-resnet18": replace(CIFAR100, **LARGE),   # [inferred]: no script of it with a ramp is left
     "cifar100-wrn40_2-wrn40_1": replace(WIDE100, epochs=500, age_end=5.0, adversarial_end=32.88),
     "cifar100-wrn40_2-wrn16_2": replace(WIDE100, epochs=300, age_end=3.4, adversarial_end=24.6),   # 56bc3b8
     "cifar100-wrn": replace(WIDE100, epochs=300, age_end=3.4, adversarial_end=24.6),              # [inferred]
@@ -142,7 +142,7 @@ PRESETS = {   # [code] its scripts, at commit bf3096b but where another is named
                            age_start=0.5, adversarial_end=2.0),
     "mnist-cpu": replace(RACE, epochs=25, batch_size=256, latent_dim=128, generator_width=16, ramp_begin=0.05,
                          adversarial_start=0.0, adversarial_end=5.0, age_start=0.2, age_end=2.0),
-    # [inferred] for a CPU; the paper treats neither. The KL of the digits pair is some 0.2: at ages 2 to 12
+    # [inferred] for a CPU; no script treats either. The KL of the digits pair is some 0.2: at ages 2 to 12
     # all weights would be 1 after an epoch. digits: chosen among 9 by test accuracy on seed 0
     "mnist": replace(WIDE, epochs=10, batch_size=256, synthesis_batch_size=256, images_per_pass=128,
                      latent_dim=128, generator_width=16, adversarial_start=0.0, adversarial_end=5.0,

@@ -29,7 +29,7 @@ Where paper, authors' code and this file differ
     With --natural-log the same weight counts 2.3 times as much; for the 1/K divide --ie by K.
  3. The code trains both networks on one batch: the student sees images from before the generator's step.
     The paper's algorithm draws a second batch for the student [memory]. Code followed;
-    --separate-batches.
+    --separate-batches. The paper names NAG as an optimizer [memory], the code has Adam and SGD.
  4. Two of the generator's BatchNorms get 0.8 as second argument, which is eps, not momentum: it damps the
     normalisation. The last one has no weights and gives a batch mean 0 and deviation 1 per channel, so no
     `normalize` stands between generator and teacher. Always in train mode [code].

@@ -34,9 +34,8 @@ Sources [code] the authors' code · [issues] the authors' answers there · [pape
 Where paper, authors' code and this file differ
  1. The authors published the synthesis alone. The student's half is put together from [issues]: students
     start untrained, a set of DI images comes first, then a new ADI batch every 50 student steps [paper,
-    quoted there], 1,000 batches of 256 in all, temperature 3. T² is [inferred]. How many batches come
-    first was not published: 40 on CIFAR-10 is [inferred]. An epoch makes its batch before its student
-    steps, as in [DataFree]; the authors' order is not documented.
+    quoted there], 1,000 batches of 256 in all, temperature 3 (T² [inferred]). Not documented: how many
+    come first (40 on CIFAR-10 [inferred]) and the order in an epoch (the batch first, as in [DataFree]).
  2. The competition term takes KL in the direction opposite to the paper's, of probabilities clamped to
     [0.01, 0.99] that no longer sum to 1, and clamps the batch's mean to [0, 1] [code]. Followed. J so
     written can pass 1 (1.6 for two certain and different answers of 10 classes); there the term is 0
@@ -44,7 +43,7 @@ Where paper, authors' code and this file differ
     2, whose gradient never quite ends.
  3. The code's "best" images: CIFAR's are an alias of the tensor that the optimizer goes on moving, so it
     returns the last iterate; ImageNet's are a copy, but of the iterate after the one with the least loss.
-    Here the last iterate; --keep-best returns a true copy of the iterate with the least loss.
+    Here the last iterate; --keep-best copies the one with the least loss.
  4. The pool is a float16 tensor in the teacher's normalised space: finer than 8 bits and without
     clipping. 1,000 batches of CIFAR-10 are 1.6 GB, and each checkpoint holds them.
  5. CIFAR's L2 term is one norm over the batch, ImageNet's a mean over its images [code]: --l2-per-image.
@@ -55,9 +54,10 @@ Where paper, authors' code and this file differ
     removes them: batch n computes the statistics n times. Frozen networks get no weight gradients,
     nothing waits for `.item()`: the same mathematics up to rounding.
  8. The ImageNet preset is the synthesis of the authors' command line (--first-bn 10 is younger than the
-    paper), with random classes where they list 42 classes twice. It is sized for --synthesize-only: their
-    140,000 images would be a pool of 42 GB.
- 9. The paper gives the L2 term a weight of 3e-8 [memory], the README none: 0 here, as --l2.
+    paper; their setting of 20,000 steps without clipping is nearer to it [code]), with random classes
+    for their 42, each twice. Sized for --synthesize-only: a pool of their 140,000 images would take 42 GB.
+ 9. L2's weight is 3e-8 in the paper [memory], 0 in the README and here. BN's is 10 in the README,
+    followed here with its rate of 0.05; the CIFAR script's own defaults are 100 and 0.1 [code].
 """
 import math
 from dataclasses import dataclass, replace

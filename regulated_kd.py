@@ -40,12 +40,12 @@ What is known, and what this file chose
     the true class. Plain softmax; --confidence-temperature for the softened one that [CCKD] prints.
  3. α times the number of epochs is kept, 1.6 as in [unofficial code], 0.01 in 160 epochs, so that
     --epochs keeps the curve [inferred]. α, confidence, optimizer, decay and --queue hold for teacher and
-    student alike.
+    student alike. Adam's 1e-3 is the config's, the README says 1e-5 [unofficial code].
  4. Significance w = count / epochs [inferred]; --normalization max or mean1. Images with w = 0 are left
     out.
  5. Loss of an image: T² KL(teacher || student) + 0.3 CE, mean over the chosen [inferred]; 0.3 is of
     [unofficial code]. --student-loss cckd is a known loss of [CCKD], its variant T: soft CE with a
-    mixture of label and teacher; --temperature 1 to 1.5 there.
+    mixture of label and teacher; --temperature 1 to 1.5, as in [unofficial code].
  6. [CCKD] is written image by image; minibatches are [unofficial code], chosen whole, with the weights
     from before their step. If no image of a batch is chosen, the step is skipped: weights, momentum and
     decay stay [inferred].

@@ -38,8 +38,8 @@ Where paper, authors' code and this file differ
  3. Target of the attack: for synthetic sets the picture's pseudo-label, which augmentation and mixup may
     have changed; else another class at random [code]. Images already classified as the target, and images
     that never reach it, are discarded.
- 4. Temperature: 2 for real sets, 20 for synthetic ones [notes], 5 in the one released config. The presets
-    follow the notes, but for 5 below and for the races' cifar10-cpu-real and mnist-cpu: 10 [inferred].
+ 4. Temperature: 2 for real sets, 20 for synthetic ones and fine-grained teachers [notes], 5 in the config.
+    The presets follow the notes, but for 5 below and cifar10-cpu-real and mnist-cpu: 10 [inferred].
  5. A teacher of grey digits sees few classes in plain procedural pictures, hence strokes(): bright marks
     on black. With it T = 4, one operation of RandAugment, no mixup, black borders and no inversion,
     chosen on MNIST by test accuracy among some 20 trials on seed 0 [inferred].
@@ -639,7 +639,7 @@ def ifs_points(maps, choices):
 
 
 def fractal_images(n, size, device="cpu", background=None, walk=220, least=0.1):
-    """Attractors of 2 to 7 contractive affine maps, coloured by density, before `background` [generators].
+    """Attractors of 2 to 7 contractive affine maps [generators], coloured by density, before `background`.
 
     The maps' singular values are drawn so that their sum, the smaller one twice, is right for a picture
     that is neither dust nor a blot; pictures of which fewer than `least` of the pixels are hit are drawn
@@ -709,7 +709,7 @@ def shader_images(n, size, device="cpu", width=24, layers=4):
 
 
 def random_generator_images(n, size, device="cpu", widths=(64, 48, 32, 24)):
-    """An untrained StyleGAN-like generator; one draw of weights for all n: ask for 50 to 100 [generators]."""
+    """An untrained StyleGAN-like generator [generators]; one draw of weights for all n (there 400)."""
     normal = partial(torch.randn, device=device)
     uniform = partial(torch.rand, device=device)
 
