@@ -187,7 +187,7 @@ def race(log):
         if not points:
             raise BadInput(f"{log} has a run without a scored epoch; name the log of a race")
         group = table.race_group(start)
-        method = group.method + re.sub(".*-cpu", "", f"-{group.preset}")           # csd, csd-plain, dafl-mnist
+        method = group.method + re.sub(".*-cpu", "", f"-{group.preset}")     # csd, csd-plain, dafl-mnist
         name = " ".join([method, *(flag for name, flag in group.changed if name != "dataset")])
         lines.setdefault(name, []).append(points)
     lines = dict(sorted(lines.items(), key=lambda line: mean(points[-1][2] for points in line[1])))

@@ -301,7 +301,7 @@ def race_tables(groups, measurements):
              row["pflop"] for row in measurements if row["variant"] == "cost"}
     races, trials, merged = {}, [], {}
     for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]
-                  or "/race-" in runs[0][0]["arguments"]["out"]]:                   # one with authors' numbers
+                  or "/race-" in runs[0][0]["arguments"]["out"]]:    # one with authors' numbers
         runs = groups.pop(group)
         merged.setdefault(race_group(runs[0][0]), []).extend(runs)
     for group, runs in merged.items():

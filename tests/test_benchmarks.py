@@ -256,8 +256,8 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys, monkeypatch):
     figure = pictures.race("race.jsonl")
     two, _, one = sorted(figure.axes[1].lines, key=lambda line: line.get_label())
     assert len(figure.axes[0].lines) == 2 and len(figure.legends[0].legend_handles) == 3
-    assert two.get_label().startswith("cudfkd ") and two.get_label().endswith("runs: 2")
-    assert one.get_label().startswith("regulated_kd ") and one.get_label().endswith("runs: 1")
+    assert two.get_label().startswith("cudfkd-digits ") and two.get_label().endswith("runs: 2")
+    assert one.get_label().startswith("regulated_kd-digits ") and one.get_label().endswith("runs: 1")
     last = rows_of("runs/b-seed0")[-1]
     near(one.get_xydata()[-1], [last["teacher_queries"], 100 - 100 * last["student_acc_last"]])
     for command, said in (("curriculum regulated_kd", "no run of cudfkd"), ("regulation cudfkd", "not of"),
