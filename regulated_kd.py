@@ -40,7 +40,7 @@ What is known, and what this file chose
     the true class. Plain softmax; --confidence-temperature for the softened one that [CCKD] prints.
  3. α times the number of epochs is kept, 1.6 as in [unofficial code], 0.01 in 160 epochs, so that
     --epochs keeps the curve [inferred]. α, confidence, optimizer, decay and --queue hold for teacher and
-    student alike. Adam's 1e-3 is the config's, the README says 1e-5 [unofficial code].
+    student alike. Adam's 1e-3 is of [unofficial code]'s config; its README says 1e-5.
  4. Significance w = count / epochs [inferred]; --normalization max or mean1. Images with w = 0 are left
     out.
  5. Loss of an image: T² KL(teacher || student) + 0.3 CE, mean over the chosen [inferred]; 0.3 is of

@@ -38,8 +38,8 @@ Where paper, authors' code and this file differ
  3. Target of the attack: for synthetic sets the picture's pseudo-label, which augmentation and mixup may
     have changed; else another class at random [code]. Images already classified as the target, and images
     that never reach it, are discarded.
- 4. Temperature: 2 for real sets, 20 for synthetic ones and fine-grained teachers [notes], 5 in the config.
-    The presets follow the notes, but for 5 below and cifar10-cpu-real and mnist-cpu: 10 [inferred].
+ 4. Temperature: 2, but 20 for synthetic sets and fine-grained teachers [notes]; 5 in the released config.
+    Presets as the notes, but for those of 5 below, and cifar10-cpu-real and mnist-cpu with 10 [inferred].
  5. A teacher of grey digits sees few classes in plain procedural pictures, hence strokes(): bright marks
     on black. With it T = 4, one operation of RandAugment, no mixup, black borders and no inversion,
     chosen on MNIST by test accuracy among some 20 trials on seed 0 [inferred].
@@ -709,7 +709,7 @@ def shader_images(n, size, device="cpu", width=24, layers=4):
 
 
 def random_generator_images(n, size, device="cpu", widths=(64, 48, 32, 24)):
-    """An untrained StyleGAN-like generator [generators]; one draw of weights for all n (there 400)."""
+    """Untrained, StyleGAN-like [generators]; one draw of weights for all n: 400 there; ask for 50 to 100."""
     normal = partial(torch.randn, device=device)
     uniform = partial(torch.rand, device=device)
 
