@@ -15,7 +15,7 @@ from helpers import (Foreign, Log, assert_close, bn_distances, bn_inputs, in_flo
 S = torch.arange(12.).reshape(3, 4) / 10
 T = ((torch.arange(12) * 7) % 12).float().reshape(3, 4) / 2
 Y = torch.tensor([0, 1, 3])
-WRN = csd.PRESETS["cifar10-wrn40_2-wrn16_1"]
+WRN = csd.PRESETS["cifar10-wrn40_2-wrn16_1"].settings
 
 
 def test_golden_1_and_2_kd_cross_entropies_feature_loss_and_the_student_total():
@@ -106,8 +106,7 @@ def test_networks_have_the_published_sizes_the_right_range_and_the_authors_start
 
 
 @pytest.mark.parametrize("changes", [{}, dict(raw_head=True, fresh_head_optimizer=True),
-                                     dict(mixup=True, ce=0.0, keep_generator=True, seed=2),
-                                     dict(visits=2, feature=0.0, seed=1)], ids=str)
+                                     dict(feature=0.0, seed=1)], ids=str)
 def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     """From the same draws, in the paper's order: the same images in the bank and the same student."""
     settings = tiny_settings(csd, adversarial=0.5, kd=0.8, oh=1.2, synthesis_steps=5, lr_generator=0.02,
@@ -130,14 +129,8 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
         regressor = csd.Regressor(64, 64, 2) if settings.feature else torch.nn.Identity()
         sgd = torch.optim.SGD([*other.parameters(), *regressor.parameters()], 1, 0.9, weight_decay=1e-4)
         head_sgd = torch.optim.SGD(head.parameters(), settings.lr_head, 0.9, weight_decay=1e-4)
-        if settings.keep_generator:
-            generator = csd.reinitialize(csd.Generator(6, data.image_shape))
         for epoch, rate in enumerate((0.02, 0.01)):            # half a cosine
-            if settings.keep_generator:
-                csd.reinitialize(generator.layers[0])
-            else:
-                generator = csd.reinitialize(csd.Generator(6, data.image_shape))
-            tried = []
+            generator, tried = csd.reinitialize(csd.Generator(6, data.image_shape)), []
             z, y = torch.randn(10, 6).requires_grad_(), torch.randint(10, (10,)).sort().values
             adam = torch.optim.Adam([*generator.parameters(), z], settings.lr_generator, (0.5, 0.999))
             for _ in range(5):
@@ -156,19 +149,9 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
             if settings.fresh_head_optimizer:
                 head_sgd.state.clear()
             sgd.param_groups[0]["lr"] = rate
-            asked = []
             for batch in torch.randperm(len(pixels)).split(8)[:3]:
-                if len(asked) * settings.visits < 3:
-                    images = common.normalize(common.augment(pixels[batch] / 255, data), data)
-                    seen = images
-                    if settings.mixup:
-                        part = torch.rand(8)[:, None, None, None]
-                        seen = (1 - part) * images + part * images[torch.randperm(8)]
-                    t = teacher(seen).detach()
-                    asked.append((batch, images, seen, t))
-                else:                                          # with two visits, the third step
-                    batch, images, seen, t = asked[torch.randperm(2)[0]]
-                s = other.train()(seen)
+                images = common.normalize(common.augment(pixels[batch] / 255, data), data)
+                t, s = teacher(images).detach(), other.train()(images)
                 wrong = regressor(of_student[other.bn]) - of_teacher[teacher.bn].detach()
                 loss = (0.8 * kl(s, t, settings.temperature).mean()
                         + settings.ce * F.cross_entropy(s, labels[batch])
@@ -178,19 +161,6 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     assert torch.equal(found[0], pixels) and torch.equal(found[1], labels)
     assert 0 < min(steps_of_best) < 4                          # neither the first batch nor the last
     assert_close(student, other), assert_close(log.state["head"], head)
-
-
-def test_a_kept_generator_goes_on_but_for_its_linear_layer_and_a_mixture_has_no_class(monkeypatch):
-    (teacher, student, data), drawn, draw = tiny_networks(), [], csd.reinitialize
-    settings = tiny_settings(csd, keep_generator=True, bank_rounds=3)
-    monkeypatch.setattr(csd, "reinitialize", lambda network: drawn.append(network) or draw(network))
-    pixels, _ = csd.synthesize_bank(sure(teacher), data, settings)
-    generator, *linear = drawn
-    assert isinstance(generator, csd.Generator) and len(pixels) == 3 * settings.synthesis_batch_size
-    assert len(linear) == 3 and all(layer is generator.layers[0] for layer in linear)
-    for changes, flag in ((dict(mixup=True), "--ce 0"), (dict(visits=2), "--feature 0")):
-        with pytest.raises(common.BadInput, match=flag):
-            csd.distill(teacher, student, data, tiny_settings(csd, **changes))
 
 
 @pytest.mark.parametrize("sides, height", [((8, 8), 4), ((7, 7), 4), ((4, 6), 7), ((3, 3), 1)])
@@ -216,11 +186,9 @@ def test_the_script_says_which_term_is_off_and_refuses_what_it_cannot_make(teach
     off, on = rows_of("off"), rows_of("on")
     assert off[-2]["loss_feature"] == off[-2]["loss_bn"] == 0 < on[-2]["loss_feature"]
     off, on = (" ".join(row.get("text", "") for row in rows) for rows in (off, on))
-    assert off.count("the feature term is off") == off.count("the BN term is off") == 1
+    assert off.count("the feature term is off") == off.count("the BatchNorm term is off") == 1
     assert "feature" not in on
     argv = [*tiny_args(csd, teacher_file), "--teacher-last-map", "nowhere"]
-    assert "--ce 0" in refused(csd, [*argv, "--mixup"], capsys)
-    assert "--feature 0" in refused(csd, [*argv, "--visits", "2"], capsys)
     assert "WideResNet" in refused(csd, argv, capsys) and "10x10" in refused(csd, odd_teacher(in_tmp), capsys)
     with pytest.raises(common.BadInput, match="square.*multiple of 4, not 8x12"):
         csd.Generator(6, (1, 8, 12))
