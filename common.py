@@ -1,19 +1,20 @@
-"""common.py: data sets, models, teachers and run folders. It knows nothing of distillation.
+"""common.py: what the methods share. It contains no distillation loss and no method.
 
-    1  datasets                  whole sets as uint8 tensors on the device; batched crop and flip
-    2  models                    the field's small classifiers by name, torchvision's, your own
-    3  looking inside a network  inputs and BatchNorm statistics of any layer, through hooks in a `with` block
-    4  measuring                 accuracy, agreement, calibration
-    5  inside a long loop        progress bar, batches, means, learning rates
-    6  teachers                  one file each, trained when first asked for
-    7  a run                     flags, checkpoints, the run folder: for main() alone
+The file has two parts. Copy part A whole if you take a method into your own project; nothing in it reads a
+file, a flag or a data set.
 
-Two words are kept apart everywhere: `images` are what a network takes (normalised with the data's mean and
-standard deviation); `pixels` are values in [0, 1], for cropping, storing and looking at.
+    A  for algorithms        A1 images and their description    A2 looking inside a network
+                             A3 inside a long loop              A4 scores
+    B  for running           B1 data sets      B2 models        B3 teachers
+                             B4 the command line                B5 runs, stages and their files
 
-Letters: N batch, K classes, C H W image, D features.
+Two words are kept apart everywhere. *Images* are what a network takes: values after normalisation with the
+mean and standard deviation of the data. *Pixels* are values in [0, 1], for cropping, storing and looking at.
 
-Train a teacher by itself:   python common.py --model resnet34 --dataset cifar10
+Letters: N images in a batch, K classes, D features; an image is C x H x W.
+
+Train a teacher by itself:         python common.py --model resnet34 --dataset cifar10
+Ask what a network has inside:     python common.py --inspect torchvision:swin_t
 """
 import argparse
 import collections
@@ -48,18 +49,21 @@ from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """The user's input cannot be used. One sentence: what is wrong, what is accepted, what to type."""
+    """The user's input cannot be used. Its text is one sentence: what is wrong, and what to type instead."""
 
 
-# ----------------------------------------------------------------------------------------------- 1. datasets
+# ============================================================================================================
+#                                          Part A: for algorithms
+# ============================================================================================================
+# ------------------------------------------------------------------------- A1. images and their description
 class DataSpec(NamedTuple):
     """All that a data-free student may know about the data. It holds no image."""
     image_shape: tuple   # (C, H, W)
     num_classes: int
-    mean: tuple          # per channel, of pixels in [0, 1]
-    std: tuple           # per channel, over all pixels of the set
-    crop: int = 0        # zero padding in pixels before a random crop back to (H, W); 0 = no crop
-    flip: bool = False   # random horizontal flip with probability 1/2
+    mean: tuple          # of each channel, of pixels in [0, 1]
+    std: tuple           # of each channel, over all pixels of the data set
+    crop: int = 0        # the training data were padded with so many zeros, then cropped back; 0 = not at all
+    flip: bool = False   # the training data were mirrored with probability 1/2
 
 
 class ImageSet(NamedTuple):
@@ -69,6 +73,365 @@ class ImageSet(NamedTuple):
     scale: float = 255.0   # 16 for `digits`, whose files hold 17 grey levels
 
 
+@functools.lru_cache           # kept on the device: a copy from the host at every step would make a GPU wait
+def _on_device(values, device):
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def _per_channel(values, like):
+    return _on_device(tuple(values), like.device)
+
+
+def normalize(pixels, data):
+    """pixels (N, C, H, W) in [0, 1] -> images: (pixels - mean) / std per channel, in channels_last order."""
+    images = (pixels - _per_channel(data.mean, pixels)) / _per_channel(data.std, pixels)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def denormalize(images, data):
+    """images (N, C, H, W) -> pixels. They are not clamped to [0, 1]."""
+    return images * _per_channel(data.std, images) + _per_channel(data.mean, images)
+
+
+def crop_by_offsets(pixels, padding, top, left, flip=None):
+    """Pad each image with zeros, cut (H, W) out of it again, and mirror it where `flip` says so.
+
+    pixels (N, C, H, W); `padding` on every side; row `top` (N,) and column `left` (N,) of the upper left
+    corner, in [0, 2 padding]; `flip` (N,) of booleans or None -> (N, C, H, W). The whole batch is one gather.
+    It is differentiable, and a GPU does not wait for it.
+    """
+    height, width = pixels.shape[2:]
+    rows = torch.arange(height, device=pixels.device) + top[:, None]         # (N, H)
+    columns = torch.arange(width, device=pixels.device).expand(len(pixels), -1)      # (N, W)
+    if flip is not None:
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    columns = columns + left[:, None]
+    which = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    padded = F.pad(pixels, (padding,) * 4)
+    # the result is (N, H, W, C); seen as (N, C, H, W) it is in channels_last order, which convolutions prefer
+    return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def augment(pixels, data):
+    """Crop and mirror every image at random, as the training data were: (N, C, H, W) -> the same shape."""
+    if not data.crop and not data.flip:
+        return pixels
+    n, device = len(pixels), pixels.device
+    top, left = torch.randint(0, 2 * data.crop + 1, (2, n), device=device)
+    flip = torch.rand(n, device=device) < 0.5 if data.flip else None
+    return crop_by_offsets(pixels, data.crop, top, left, flip)
+
+
+# ------------------------------------------------------------------------------ A2. looking inside a network
+@contextlib.contextmanager
+def recorded_inputs(modules):
+    """`with recorded_inputs([layer]) as seen: model(images)`; then seen[layer] is the layer's latest input.
+
+    The input is converted to float32 and keeps its graph. This works on any nn.Module, and no hook is left
+    after the block.
+    """
+    seen, handles = {}, []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(
+                lambda module, inputs: seen.__setitem__(module, inputs[0].float())))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Moments(torch.autograd.Function):
+    """x (N, C, H, W) -> mean (C,), biased variance (C,), float32, with one backward pass for both.
+
+    d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n: the gradient is slope x + offset. On a CPU,
+    torch.var_mean and its backward pass would take a third of CSD's synthesis step.
+    """
+    @staticmethod
+    def forward(ctx, x):
+        if x.device.type == "cpu" and x.dtype != torch.float64:
+            unused = torch.zeros(x.shape[1])       # in float32, which makes the answer float32 for bf16 too
+            mean, variance = torch.ops.aten.batch_norm_update_stats(x, unused, unused, 0.0)
+        else:
+            variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_variance):
+        x, mean = ctx.saved_tensors
+        # x in bf16 wants a float32 slope, float64 a float64 one; 1 + 1e-30 is 1, PyTorch 2.11 refuses eps=0
+        slope = (grad_variance * (2 * x.shape[1] / x.numel())).to(torch.promote_types(x.dtype, torch.float32))
+        offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
+        return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=1e-30)
+
+
+@contextlib.contextmanager
+def recorded_statistics(modules):
+    """`with recorded_statistics(layers) as seen: model(images)`; then seen[layer] = (mean, variance).
+
+    Both are (channels,), float32, of the layer's *input* over (N, H, W), and keep their graph. No hook is
+    left after the block.
+    """
+    seen, handles = {}, []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(
+                lambda module, inputs: seen.__setitem__(module, Moments.apply(inputs[0]))))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def probe(model, modules, data):
+    """What a forward pass on blank images feeds to these modules: {module: input}, in the order they ran."""
+    with torch.no_grad(), frozen(model), scoring(), recorded_inputs(modules) as seen:
+        model(torch.zeros(2, *data.image_shape, device=next(model.parameters()).device))
+    return seen
+
+
+def batchnorms(model, data):
+    """The nn.BatchNorm2d layers with running statistics that a forward pass uses, in order of registration.
+
+    Layers of auxiliary classifiers do not run in eval mode, so they are left out.
+    """
+    layers = [layer for layer in model.modules()
+              if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
+    used = probe(model, layers, data)
+    return [layer for layer in layers if layer in used]
+
+
+def last_linear(model):
+    """The last nn.Linear of a model; its input is the feature vector (N, D). Raises BadInput without one."""
+    found = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not found:
+        raise BadInput(f"{type(model).__name__} has no nn.Linear layer, whose input is the feature vector")
+    return found[-1]
+
+
+@contextlib.contextmanager
+def frozen(*models):
+    """Inside the block: eval mode, and no gradients of weights. Afterwards everything is as it was before.
+
+    Gradients still flow *through* the networks to their input. Those of the weights, which nobody reads,
+    would be a third of a step's work.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    try:
+        for model in models:
+            model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+
+
+def in_bf16(network):
+    """Makes a network run its forward passes in bfloat16, except while it is scored.   -> the same network
+
+    Its weights and its outputs stay float32.
+    """
+    plain = network.forward
+
+    def forward(x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=not _scoring):
+            return plain(x).float()
+    network.forward, network.in_bf16 = forward, True
+    return network
+
+
+def place_like(network, other):
+    """Move a fresh network to where `other` is: its device and precision, and channels_last order."""
+    network.to(next(other.parameters()).device, memory_format=torch.channels_last)
+    return in_bf16(network) if getattr(other, "in_bf16", False) else network
+
+
+class UpsampledConv2d(nn.Conv2d):
+    """nn.Upsample(scale_factor=2), then nn.Conv2d(width_in, width_out, 3, padding=1), in 4/9 of the work.
+
+    (N, C, H, W) -> (N, width_out, 2H, 2W), the same up to rounding. Each pixel stands four times in the
+    enlarged image, so kernel elements that meet the same pixel may be added first. What is left is a
+    transposed convolution of stride 2 with a 4x4 kernel.
+    """
+    def __init__(self, width_in, width_out, bias=True):
+        super().__init__(width_in, width_out, 3, padding=1, bias=bias)
+
+    def forward(self, x):
+        kernel = self.weight.flip(2, 3).transpose(0, 1)                      # (C, width_out, 3, 3)
+        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))               # (C, width_out, 3, 4)
+        kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))   # (C, width_out, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+# ------------------------------------------------------------------------------------ A3. inside a long loop
+COSTS = collections.Counter()      # of the run: seconds_<phase> in this epoch, teacher_queries in all
+
+
+@contextlib.contextmanager
+def timed(name):
+    """The seconds that the block takes go to the log as seconds_<name>."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        COSTS[f"seconds_{name}"] += time.perf_counter() - began
+
+
+def steps(total, name, order=None):
+    """`range(total)`, or the first `total` items of `order`, with a progress bar, and timed as `name`."""
+    each = range(total) if order is None else itertools.islice(order, total)
+    with timed(name):
+        yield from tqdm(each, name, total, leave=False, disable=None)
+
+
+def one_pass(n, size, device="cpu"):
+    """The indices below n in random order, in batches of `size`; the last one may be shorter.   -> list
+
+    A single index that is left over joins the batch before it, because BatchNorm cannot normalise one image.
+    """
+    *parts, last = torch.randperm(n, device=device).split(size)
+    if parts and len(last) == 1:
+        last = torch.cat([parts.pop(), last])
+    return [*parts, last]
+
+
+def batches(n, size, device="cpu"):
+    """The batches of one pass after another, without end."""
+    while True:
+        yield from one_pass(n, size, device)
+
+
+def revisited(items, visits, total):
+    """The first `total / visits` items as they come, then the same ones again and again in random order.
+
+    This is for batches with a network's answers, when the answers cost more than the step that learns from
+    them. All items that came are kept, unless `visits` is 1.
+    """
+    if visits == 1:
+        yield from items
+        return
+    kept = []
+    for item in itertools.islice(items, math.ceil(total / visits)):
+        kept.append(item)
+        yield item
+    while kept:
+        for index in torch.randperm(len(kept)).tolist():
+            yield kept[index]
+
+
+class Means:
+    """Means of named terms over a phase. The sums stay on the device, so no step waits for a GPU."""
+    def __init__(self):
+        self.sums, self.counts = {}, collections.Counter()
+
+    def add(self, **terms):
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if torch.is_tensor(value) else value)
+            self.counts[name] += 1
+
+    def take(self):
+        """{name: mean}. Raises FloatingPointError that names the first term that is not finite."""
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"{name} became {mean}")
+        return means
+
+
+def cosine(value, step, total):
+    """`value` at step 0, falling to 0 at step `total` along half a cosine."""
+    return value * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def build_optimizer(model, name, lr, weight_decay, nesterov=False):
+    """'sgd' is SGD with momentum 0.9; 'adam' is AdamW, which without weight decay is Adam."""
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=weight_decay, nesterov=nesterov)
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Inside the block, torch's global generators start from `seed`; afterwards they are as they were."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def with_own_seed(function):
+    """Decorates a function with an argument `settings`: torch's generators start from settings.seed in it.
+
+    Afterwards they are as they were, so the caller's random numbers do not depend on the call.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with seeded(signature.bind(*args, **kwargs).arguments["settings"].seed):
+            return function(*args, **kwargs)
+    return wrapped
+
+
+# ------------------------------------------------------------------------------------------------ A4. scores
+_scoring = False
+
+
+@contextlib.contextmanager
+def scoring():
+    """Inside the block, networks run in float32 and no teacher query is counted: for scores and probes."""
+    global _scoring
+    before, _scoring = _scoring, True
+    try:
+        yield
+    finally:
+        _scoring = before
+
+
+@torch.no_grad()
+def predict(model, images, data, batch_size=500):
+    """Logits (N, K), float32, for an ImageSet, in eval mode. It draws no random number."""
+    with frozen(model), scoring():
+        return torch.cat([model(normalize(pixels / images.scale, data)).float()
+                          for pixels in images.pixels.split(batch_size)])
+
+
+def accuracy(logits, labels):
+    """The share of rows whose largest logit is the label. logits (N, K), labels (N,) -> float in [0, 1]."""
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+def agreement(logits, other_logits):
+    """The share of rows on which two classifiers name the same class, right or wrong -> float in [0, 1]."""
+    return accuracy(logits, other_logits.argmax(1))
+
+
+def expected_calibration_error(logits, labels, bins=15):
+    """Mean |confidence - accuracy| over equal bins of confidence, weighted by their size -> float in [0, 1].
+
+    logits (N, K), labels (N,). Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    confidence, predicted = logits.softmax(1).max(1)
+    correct = (predicted == labels).float()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1             # (N,) bin (b/15, (b+1)/15]
+    gap = torch.zeros(bins, device=logits.device).index_add_(0, which, confidence - correct)
+    return gap.abs().sum().item() / len(labels)
+
+
+# ============================================================================================================
+#                                            Part B: for running
+# ============================================================================================================
+# ---------------------------------------------------------------------------------------------- B1. data sets
 DATASETS = {
     # mean and std of the 1,437 training images, pixel = value / 16
     "digits": DataSpec((1, 8, 8), 10, (0.3054,), (0.3759,), crop=1),
@@ -188,57 +551,7 @@ def _read_folder(name, train, device):
     return ImageSet(pixels.to(device), labels.to(device)), data
 
 
-@functools.lru_cache           # kept on the device: a copy from the host at every step would make a GPU wait
-def _on_device(values, device):
-    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
-
-
-def _per_channel(values, like):
-    return _on_device(tuple(values), like.device)
-
-
-def normalize(pixels, data):
-    """pixels (N, C, H, W) in [0, 1] -> images: (pixels - mean) / std per channel, in channels_last order."""
-    images = (pixels - _per_channel(data.mean, pixels)) / _per_channel(data.std, pixels)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def denormalize(images, data):
-    """images (N, C, H, W) -> pixels, not clamped."""
-    return images * _per_channel(data.std, images) + _per_channel(data.mean, images)
-
-
-def crop_by_offsets(pixels, padding, top, left, flip=None):
-    """Zero-pad (N, C, H, W) by `padding`; cut out (H, W) at row top (N,), column left (N,); mirror at flip.
-
-    One gather for the whole batch, differentiable, without waiting for a GPU.
-    """
-    height, width = pixels.shape[2:]
-    rows = torch.arange(height, device=pixels.device) + top[:, None]         # (N, H)
-    columns = torch.arange(width, device=pixels.device).expand(len(pixels), -1)      # (N, W)
-    if flip is not None:
-        columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    columns = columns + left[:, None]
-    which = torch.arange(len(pixels), device=pixels.device)[:, None, None]
-    padded = F.pad(pixels, (padding,) * 4)
-    # the result is (N, H, W, C); seen as (N, C, H, W) it is in channels_last order, which convolutions prefer
-    return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def augment(pixels, data):
-    """The data set's training transform: random crop and flip, drawn for each image.
-
-    (N, C, H, W) -> the same.
-    """
-    if not data.crop and not data.flip:
-        return pixels
-    n, device = len(pixels), pixels.device
-    top, left = torch.randint(0, 2 * data.crop + 1, (2, n), device=device)
-    flip = torch.rand(n, device=device) < 0.5 if data.flip else None
-    return crop_by_offsets(pixels, data.crop, top, left, flip)
-
-
-# ------------------------------------------------------------------------------------------------- 2. models
+# ------------------------------------------------------------------------------------------------ B2. models
 # A model names `last_map`: the module whose *input* is its last feature map. A property registers nothing.
 class CifarResNet(ResNet):
     """torchvision's ResNet with a small stem: 3x3 stride 1, no max-pool. ResNet-18: 11,173,962 weights."""
@@ -367,23 +680,6 @@ class AlexNet(nn.Module):
         return self.fc(self.pool(self.features(x)).flatten(1))
 
 
-class UpsampledConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2), then nn.Conv2d(width_in, width_out, 3, padding=1), in 4/9 of the work.
-
-    (N, C, H, W) -> (N, width_out, 2H, 2W), the same up to rounding. Each pixel stands four times in the
-    enlarged image, so that kernel elements that meet the same pixel may be added first: what is left is a
-    transposed convolution of stride 2 with a 4x4 kernel.
-    """
-    def __init__(self, width_in, width_out, bias=True):
-        super().__init__(width_in, width_out, 3, padding=1, bias=bias)
-
-    def forward(self, x):
-        kernel = self.weight.flip(2, 3).transpose(0, 1)                      # (C, width_out, 3, 3)
-        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))               # (C, width_out, 3, 4)
-        kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))   # (C, width_out, 4, 4)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
-
-
 MODELS = {  # name: builder(num_classes, channels, size); WRN-d-k is built by name, any depth 6n + 4 and width
     "resnet18": lambda k, c, s: CifarResNet(BasicBlock, [2, 2, 2, 2], k, c),
     "resnet34": lambda k, c, s: CifarResNet(BasicBlock, [3, 4, 6, 3], k, c),
@@ -447,285 +743,7 @@ def foreign_model(name, num_classes, pretrained=False):
     return model
 
 
-# ------------------------------------------------------------------------------- 3. looking inside a network
-@contextlib.contextmanager
-def recorded_inputs(modules):
-    """`with recorded_inputs([layer]) as seen: model(images)`; then seen[layer] is the layer's latest input.
-
-    It comes in float32, with its graph. Works on any nn.Module. No hook survives the block.
-    """
-    seen, handles = {}, []
-    try:
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(
-                lambda module, inputs: seen.__setitem__(module, inputs[0].float())))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class Moments(torch.autograd.Function):
-    """x (N, C, H, W) -> mean (C,), biased variance (C,), float32, with one backward pass for both.
-
-    d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n: the gradient is slope x + offset. On a CPU,
-    torch.var_mean and its backward pass would take a third of CSD's synthesis step.
-    """
-    @staticmethod
-    def forward(ctx, x):
-        if x.device.type == "cpu" and x.dtype != torch.float64:
-            unused = torch.zeros(x.shape[1])       # in float32, which makes the answer float32 for bf16 too
-            mean, variance = torch.ops.aten.batch_norm_update_stats(x, unused, unused, 0.0)
-        else:
-            variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-        ctx.save_for_backward(x, mean)
-        return mean, variance
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_variance):
-        x, mean = ctx.saved_tensors
-        # x in bf16 wants a float32 slope, float64 a float64 one; 1 + 1e-30 is 1, PyTorch 2.11 refuses eps=0
-        slope = (grad_variance * (2 * x.shape[1] / x.numel())).to(torch.promote_types(x.dtype, torch.float32))
-        offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
-        return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=1e-30)
-
-
-@contextlib.contextmanager
-def recorded_statistics(modules):
-    """`with recorded_statistics(layers) as seen: model(images)`; then seen[layer] = (mean, variance).
-
-    Both (channels,), float32, of the layer's *input* over (N, H, W), with their graph. No hook survives
-    the block.
-    """
-    seen, handles = {}, []
-    try:
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(
-                lambda module, inputs: seen.__setitem__(module, Moments.apply(inputs[0]))))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def probe(model, modules, data):
-    """What a forward pass on blank images feeds to these modules: {module: input}, in the order they ran."""
-    with torch.no_grad(), frozen(model), scoring(), recorded_inputs(modules) as seen:
-        model(torch.zeros(2, *data.image_shape, device=next(model.parameters()).device))
-    return seen
-
-
-def batchnorms(model, data):
-    """The nn.BatchNorm2d layers with running statistics that a forward pass uses, in order of registration.
-
-    Auxiliary classifiers do not run in eval mode: their layers are left out.
-    """
-    layers = [layer for layer in model.modules()
-              if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
-    used = probe(model, layers, data)
-    return [layer for layer in layers if layer in used]
-
-
-def last_linear(model):
-    """The last nn.Linear of a model; its input is the feature vector (N, D). Raises BadInput without one."""
-    found = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not found:
-        raise BadInput(f"{type(model).__name__} has no nn.Linear layer, whose input is the feature vector")
-    return found[-1]
-
-
-@contextlib.contextmanager
-def frozen(*models):
-    """Inside: eval mode and no gradients of weights, a third of a step's work. Afterwards: all as before."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    try:
-        for model in models:
-            model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
-
-
-def in_bf16(network):
-    """Forward passes in bfloat16, but for scoring. Weights and outputs stay float32.
-
-    -> the same network.
-    """
-    plain = network.forward
-
-    def forward(x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=not _scoring):
-            return plain(x).float()
-    network.forward, network.in_bf16 = forward, True
-    return network
-
-
-def place_like(network, other):
-    """Move a fresh network to where `other` is: its device and precision, and channels_last order."""
-    network.to(next(other.parameters()).device, memory_format=torch.channels_last)
-    return in_bf16(network) if getattr(other, "in_bf16", False) else network
-
-
-# ---------------------------------------------------------------------------------------------- 4. measuring
-_scoring = False
-
-
-@contextlib.contextmanager
-def scoring():
-    """Inside, networks run in float32 and no teacher query is counted: for scores and probes."""
-    global _scoring
-    before, _scoring = _scoring, True
-    try:
-        yield
-    finally:
-        _scoring = before
-
-
-@torch.no_grad()
-def predict(model, images, data, batch_size=500):
-    """Logits (N, K), float32, of an ImageSet, in eval mode. Draws no random number."""
-    with frozen(model), scoring():
-        return torch.cat([model(normalize(pixels / images.scale, data)).float()
-                          for pixels in images.pixels.split(batch_size)])
-
-
-def accuracy(logits, labels):
-    """Fraction of rows whose largest logit is the label. logits (N, K), labels (N,) -> float in [0, 1]."""
-    return (logits.argmax(1) == labels).float().mean().item()
-
-
-def agreement(logits, other_logits):
-    """Fraction of rows on which two classifiers name the same class, right or wrong. In [0, 1]."""
-    return accuracy(logits, other_logits.argmax(1))
-
-
-def expected_calibration_error(logits, labels, bins=15):
-    """Mean |confidence - accuracy| over equal confidence bins, weighted by size [Guo 2017]. In [0, 1]."""
-    confidence, predicted = logits.softmax(1).max(1)
-    correct = (predicted == labels).float()
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1             # (N,) bin (b/15, (b+1)/15]
-    gap = torch.zeros(bins, device=logits.device).index_add_(0, which, confidence - correct)
-    return gap.abs().sum().item() / len(labels)
-
-
-# -------------------------------------------------------------------------------------- 5. inside a long loop
-COSTS = collections.Counter()      # of the run: seconds_<phase> in this epoch, teacher_queries in all
-
-
-@contextlib.contextmanager
-def timed(name):
-    """The block's seconds go to the log as seconds_<name>."""
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        COSTS[f"seconds_{name}"] += time.perf_counter() - began
-
-
-def steps(total, name, order=None):
-    """`range(total)`, or the first `total` of an iterable, with a progress bar; timed as `name`."""
-    each = range(total) if order is None else itertools.islice(order, total)
-    with timed(name):
-        yield from tqdm(each, name, total, leave=False, disable=None)
-
-
-def one_pass(n, size, device="cpu"):
-    """Batches of the indices below n in random order; the last may be short.   -> list
-
-    A single index left over joins the batch before it: BatchNorm cannot normalise one image alone.
-    """
-    *parts, last = torch.randperm(n, device=device).split(size)
-    if parts and len(last) == 1:
-        last = torch.cat([parts.pop(), last])
-    return [*parts, last]
-
-
-def batches(n, size, device="cpu"):
-    """One pass after another, without end."""
-    while True:
-        yield from one_pass(n, size, device)
-
-
-def revisited(items, visits, total):
-    """The first `total / visits` items as they come, then the same again and again in random order.
-
-    For a network's answers that cost more than the step that learns from them. Above one visit, all that
-    came are kept.
-    """
-    if visits == 1:
-        yield from items
-        return
-    kept = []
-    for item in itertools.islice(items, math.ceil(total / visits)):
-        kept.append(item)
-        yield item
-    while kept:
-        for index in torch.randperm(len(kept)).tolist():
-            yield kept[index]
-
-
-class Means:
-    """Means of named terms over a phase. The sums stay on the device, so that no step waits for a GPU."""
-    def __init__(self):
-        self.sums, self.counts = {}, collections.Counter()
-
-    def add(self, **terms):
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if torch.is_tensor(value) else value)
-            self.counts[name] += 1
-
-    def take(self):
-        """{name: mean}. Raises FloatingPointError naming the first term that is not finite."""
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"{name} became {mean}")
-        return means
-
-
-def cosine(value, step, total):
-    """`value` at step 0, falling to 0 at step `total` along half a cosine."""
-    return value * (1 + math.cos(math.pi * step / total)) / 2
-
-
-def build_optimizer(model, name, lr, weight_decay, nesterov=False):
-    """'sgd' with momentum 0.9, or 'adam': AdamW, which without weight decay is Adam."""
-    if name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=weight_decay, nesterov=nesterov)
-    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
-
-
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-@contextlib.contextmanager
-def seeded(seed):
-    """Inside, torch's global generators start from `seed`; afterwards they are as before."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def with_own_seed(function):
-    """Decorates a function of `settings`: torch starts at settings.seed; afterwards it is as before."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with seeded(signature.bind(*args, **kwargs).arguments["settings"].seed):
-            return function(*args, **kwargs)
-    return wrapped
-
-
-# ----------------------------------------------------------------------------------------------- 6. teachers
+# ----------------------------------------------------------------------------------------------- B3. teachers
 CLASSIFIER_FORMAT = "distillation-classifier-1"
 # epochs, batch size. SGD 0.1, momentum 0.9, weight decay 5e-4, cosine to 0; LeNet-5 without BN: Adam 1e-3.
 # Users of the published recipe (decay 1e-4, three steps) report CIFAR-10 teachers 1 to 3 points too low.
@@ -864,12 +882,30 @@ def read_classifier(path):
     return content
 
 
+def load_classifier(path):
+    """A teacher or student from its file, in eval mode on the CPU.   -> network, DataSpec
+
+    Raises BadInput if the file is missing, damaged or foreign, or if its weights do not fit its network.
+    """
+    file = read_classifier(path)
+    data = DataSpec(**file["data"])
+    network = build_model(file["arch"], data.num_classes, data.image_shape)
+    try:
+        network.load_state_dict(file["weights"])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise BadInput(f"the weights in {path} do not fit {file['arch']}: {_short(error)}") from None
+    return network.eval(), data
+
+
 def dataset_spec(options):
     """The DataSpec of the teacher's file, if --teacher names one, else of the data set."""
     if is_file_name(options.teacher):
         return DataSpec(**read_classifier(options.teacher)["data"])
-    name = options.dataset
-    return load_dataset(name, True)[1] if name.startswith("folder:") else DATASETS[name]
+    return _spec_of(options.dataset)
+
+
+def _spec_of(dataset):
+    return load_dataset(dataset, True)[1] if dataset.startswith("folder:") else DATASETS[dataset]
 
 
 def place(network, options):
@@ -878,46 +914,52 @@ def place(network, options):
 
 
 def load_networks(options, settings, data, needs=lambda teacher: None):
-    """The networks that --teacher and --student name, on their device; the teacher is trained if need be.
+    """The networks that --teacher and --student name, on their device.   -> teacher, student
 
-    `needs(teacher)` may refuse the teacher's architecture before it is trained.   -> teacher, student
+    `needs(teacher)` may refuse the teacher's architecture; it is asked before a teacher is trained.
     """
     with seeded(settings.seed):
         student = place(build_model(options.student, data.num_classes, data.image_shape), options)
     for training in (False, True):
         check_answers(student, f"student {options.student}", data, training)
-    wanted, dataset, file, path = options.teacher, options.dataset, {}, Path(options.teacher)
-    if is_file_name(wanted):
-        file = read_classifier(path)
-    elif ":" not in wanted:
+    teacher = load_teacher(options, data, needs)
+    check_answers(place(teacher, options), f"teacher {options.teacher}", data)
+    needs(teacher)
+    return teacher.eval(), student
+
+
+def load_teacher(options, data, needs):
+    """The network that --teacher names: a model (trained if need be), a file, or somebody else's network.
+
+    It leaves in `options` the teacher's name for what is made from it, its architecture, and how long its
+    training took.
+    """
+    wanted, dataset = options.teacher, options.dataset
+    if ":" in wanted and not is_file_name(wanted):
+        options.teacher_name, options.teacher_arch = re.sub(r"\W+", "_", wanted), wanted
+        options.teacher_seconds = None
+        return foreign_model(wanted, data.num_classes, pretrained=True)
+    path = Path(wanted)
+    if not is_file_name(wanted):
         path, recipe = teacher_path(dataset, wanted), recipe_of(wanted, dataset)
         if not path.exists():
             with seeded(0):
                 needs(build_model(wanted, data.num_classes, data.image_shape))
             train_teacher(wanted, dataset, path, options, recipe)
         file = read_classifier(path)
-        found = {key: file.get(key) for key in ("dataset", "recipe")}
-        require_same(found, dict(dataset=dataset, recipe=recipe), path,
+        require_same({key: file.get(key) for key in ("dataset", "recipe")},
+                     dict(dataset=dataset, recipe=recipe), path,
                      f"to use that file as it is, type --teacher {path}; to train anew, move it away")
-    if file:
-        teacher = build_model(file["arch"], data.num_classes, data.image_shape)
-        try:
-            teacher.load_state_dict(file["weights"])
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise BadInput(f"the weights in {path} do not fit {file['arch']}: {_short(error)}") from None
-        asked = dataset_spec(argparse.Namespace(teacher="", dataset=dataset)) if dataset != "none" else data
-        for what, here, there in (("classes", data.num_classes, asked.num_classes),
-                                  ("image shape", tuple(data.image_shape), asked.image_shape)):
-            if here != there:
-                raise BadInput(f"teacher {wanted} is for {what} {here}, data set '{dataset}' has {there}; "
-                               "name the data set that the teacher was trained on with --dataset")
-    else:
-        teacher = foreign_model(wanted, data.num_classes, pretrained=True)
-    check_answers(place(teacher, options), f"teacher {wanted}", data)
-    needs(teacher)
-    options.teacher_name = path.stem if file else re.sub(r"\W+", "_", wanted)     # for what is made from it
-    options.teacher_arch, options.teacher_seconds = file.get("arch", wanted), file.get("seconds")
-    return teacher.eval(), student
+    file, (teacher, of_file) = read_classifier(path), load_classifier(path)
+    asked = of_file if dataset == "none" else _spec_of(dataset)
+    for what, here, there in (("classes", of_file.num_classes, asked.num_classes),
+                              ("image shape", tuple(of_file.image_shape), tuple(asked.image_shape))):
+        if here != there:
+            raise BadInput(f"teacher {wanted} is for {what} {here}, data set '{dataset}' has {there}; "
+                           "name the data set that the teacher was trained on with --dataset")
+    options.teacher_name, options.teacher_arch = path.stem, file["arch"]
+    options.teacher_seconds = file.get("seconds")
+    return teacher
 
 
 def check_answers(model, name, data, training=False):
@@ -944,15 +986,52 @@ def _short(error):
     return " ".join(str(error).split())[:160]
 
 
-# -------------------------------------------------------------------------------------------------- 7. a run
-# Networks of a data set or preset, unless named; a method may have pairs of its own. Else resnet34, resnet18.
-PAIRS = {**dict.fromkeys(("digits", "cifar10-cpu"), ("wrn16_2", "wrn16_1")), "svhn": ("wrn40_2", "wrn16_1"),
-         "imagenet": ("torchvision:resnet50", "torchvision:resnet18"),
-         **dict.fromkeys(("mnist", "mnist-cpu", "mnist28", "fashion_mnist", "fashion_mnist28"),
-                         ("lenet5", "lenet5_half"))}
+def inspect_network(name):
+    """What a network has that a method may ask for, found by running it on blank images.   -> lines of text
+
+    `name`: as --teacher takes it. Raises BadInput for a network that cannot be built or answers no image.
+    """
+    classes, sides = 10, (8, 28, 32, 64, 224, 299)
+    shapes = [(channels, side, side) for channels in (1, 3) for side in sides]
+    if is_file_name(name):
+        file = read_classifier(name)
+        name, data = file["arch"], DataSpec(**file["data"])
+        classes, shapes = data.num_classes, [tuple(data.image_shape)]
+    usual = shapes[0] if len(shapes) == 1 else (1 if name.startswith("lenet5") else 3, 32, 32)
+    model, taken = build_model(name, classes, usual), []
+    for shape in shapes:
+        with contextlib.suppress(Exception), torch.no_grad(), frozen(model):
+            answer = model(torch.zeros(2, *shape))                           # which may raise anything
+            if answer.dim() == len(answer) == 2:
+                taken, classes = [*taken, shape], answer.shape[1]
+    if not taken:
+        raise BadInput(f"{name} answers no blank images of {', '.join(map(str, shapes))} with logits (N, K)")
+    data = DataSpec(taken[-1], classes, (0.5,) * taken[-1][0], (0.5,) * taken[-1][0])
+    names = {layer: name for name, layer in model.named_modules()}
+    seen = probe(model, [layer for layer in names if not list(layer.children())], data)   # as they ran
+    vectors = [layer for layer, x in seen.items() if isinstance(layer, nn.Linear) and x.dim() == 2]
+    maps = [layer for layer, x in seen.items()
+            if x.dim() == 4 and x.shape[2] > 1 and tuple(x.shape[1:]) != data.image_shape]
+    last_map = getattr(model, "last_map", None) or [None, *maps][-1]
+
+    def input_of(layer):
+        return f"input of {names[layer]}, (N, {', '.join(map(str, seen[layer].shape[1:]))})"
+    counts = len(batchnorms(model, data)), sum(isinstance(layer, nn.BatchNorm2d) for layer in names)
+    return [f"{name}: {sum(weight.numel() for weight in model.parameters()):,} weights, {classes} classes",
+            f"images             {', '.join('x'.join(map(str, shape)) for shape in taken)}, of those tried",
+            f"BatchNorm          {counts[0]} layers that run, of {counts[1]}",
+            f"feature vectors    {input_of(vectors[-1]) if vectors else 'none'}",
+            f"last feature map   {input_of(last_map) if last_map else 'none'}"
+            + ("" if hasattr(model, "last_map") else ": a guess, from what ran last")]
 
 
-RUN_FILES = "log.jsonl", "checkpoint.pt", "student.pt", "samples.png", "images.pt"
+# --------------------------------------------------------------------------------------- B4. the command line
+class Preset(NamedTuple):
+    """All that a run needs. `--preset NAME` takes it as it is, and every flag changes one thing in it."""
+    dataset: str
+    teacher: str         # a model name, torchvision:NAME, a file, or module:function
+    student: str
+    settings: object     # the method's Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -981,23 +1060,22 @@ def shared_flags(parser):
     add("--threads", type=number_type(int, True, 1025), help="CPU threads [as PyTorch chooses]")
 
 
-def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda flags: "", **own):
-    """The command line: a preset's Settings, changed by flags.
+def parse(method, doc, Settings, presets, argv=None, fits=lambda settings, flags: True, **own):
+    """The command line of a method: a preset's Settings, changed by flags.
 
-    -> options of the run, Settings of the method.
-    Every field of Settings is a flag, its trailing comment the help text. A whole number may be 0 where
-    the comment explains "0 = "; a rate or a temperature may not. `pairs`: {data set: (teacher, student)}
-    where the method has its own. `variant(flags)`: an ending of the data set's name, tried first as a
-    preset. `own`: {name: help} of flags that are no hyperparameters, (help, type) if not a text. Raises
-    BadInput.
+    Every field of Settings is a flag, and its trailing comment is the help text. A whole number may be 0
+    where the comment explains "0 = "; a rate or a temperature may not. `presets`: {name: Preset}.
+    `fits(settings, flags)` says whether a preset may be taken when none is named. `own`: {name: help} of
+    flags that are no hyperparameters, or (help, type) if the flag is not a text.
+    -> the run's options, the method's Settings. Raises BadInput.
     """
     parser = Parser(prog=f"{method}.py", description=doc.strip().splitlines()[0], allow_abbrev=False,
                     epilog="benchmarks/costs.py counts FLOPs, queries and memory of a run before it starts")
     add = parser.add_argument
-    add("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function [by set]")
-    add("--student", help="model name, torchvision:NAME or module:function [by data set]")
+    add("--teacher", help="model name (trained if need be), file, torchvision:NAME, module:function")
+    add("--student", help="model name, torchvision:NAME or module:function")
     add("--dataset", help=f"{dataset_names()} [cifar10]")
-    add("--preset", help=f"{', '.join(presets)} [by data set and networks]")
+    add("--preset", help=f"{', '.join(presets)} [the first that fits data set and networks]")
     add("--out", help=f"run folder [the next free runs/{method}-DATASET-001]")
     add("--resume", action="store_true", help="go on with the run in --out; repeat its other flags")
     add("--eval-every", type=number_type(int, True), default=1, help="epochs between scores [1]")
@@ -1011,8 +1089,8 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
     said = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(Settings), re.M))    # fields' comments
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     for name, field in fields.items():
-        values, text = {key: getattr(preset, name) for key, preset in presets.items()}, said.get(name, "")
-        shown = next(iter(values.values()))
+        values = {key: getattr(preset.settings, name) for key, preset in presets.items()}
+        shown, text = next(iter(values.values())), said.get(name, "")
         if len(set(values.values())) > 1:
             shown = ", ".join(f"{key} {value}" for key, value in values.items())
         above_0 = name.startswith("lr_") or name == "temperature"
@@ -1027,41 +1105,47 @@ def parse(method, doc, Settings, presets, argv=None, pairs=None, variant=lambda 
     given = vars(parser.parse_args(argv))
     flags = {name: given.pop(name) for name in fields if name in given}
     options = argparse.Namespace(method=method, **given)
+    settings = choose_preset(options, presets, flags, fits)
+    options.changed = {key: value for key, value in flags.items()
+                       if value != getattr(settings, key) and key != "seed"}
+    set_up_device(options)
+    _check_folder(options)
+    return options, dataclasses.replace(settings, **flags)
 
+
+def choose_preset(options, presets, flags, fits):
+    """Fill in preset, data set and networks, where they were not given.   -> the preset's Settings
+
+    Without --preset, the first one is taken that has every one of data set, teacher and student that was
+    given; else the data set's first preset, with the given networks in it. A teacher's file counts as the
+    network and the data set that it says it is.
+    """
     if options.preset and options.preset not in presets:
-        raise BadInput(f"{method} has no preset '{options.preset}'; choose from {', '.join(presets)}")
-    of_preset = (options.preset or "").split("-")
+        raise BadInput(f"{options.method} has no preset '{options.preset}'; choose from {', '.join(presets)}")
     file = read_classifier(options.teacher) if options.teacher and is_file_name(options.teacher) else {}
-    usual = of_preset[0] if of_preset[0] in DATASETS else file.get("dataset", "cifar10")
-    name = options.dataset = options.dataset or usual
+    usual = presets[options.preset].dataset if options.preset else file.get("dataset", "cifar10")
+    options.dataset = name = options.dataset or usual
     if name not in (*DATASETS, "none") and not name.startswith("folder:"):
         raise BadInput(f"unknown data set '{name}'; choose from {dataset_names()}")
     if name == "none" and not file:
         raise BadInput("--dataset none needs a --teacher file, which knows shape and normalisation")
-    name = (file.get("dataset", name) if name == "none" else name).removesuffix("-val")    # the same numbers
-    known = {**PAIRS, **(pairs or {})}
-    pair = known.get("-".join(of_preset[:2])) or known.get(name, ("resnet34", "resnet18"))
-    if of_preset[-1] == "wrn":
-        pair = "wrn40_2", "wrn16_1"
-    pair = of_preset[1:] if len(of_preset) == 3 and "cpu" not in of_preset else pair
-    options.teacher, options.student = options.teacher or pair[0], options.student or pair[1]
+    if not options.preset:
+        known = (file["dataset"] if name == "none" else name).removesuffix("-val")       # the same numbers
+        of_set = [key for key, preset in presets.items()
+                  if preset.dataset == known and fits(preset.settings, flags)]
+        wanted = file.get("arch", options.teacher), options.student
+        exact = [key for key in of_set if all(want in (None, has) for want, has in zip(
+            wanted, (presets[key].teacher, presets[key].student)))]
+        if not of_set:
+            raise BadInput(f"{options.method} has no preset for data set '{known}'; take another's numbers "
+                           f"with --preset: {', '.join(presets)}")
+        options.preset = [*exact, *of_set][0]
+    preset = presets[options.preset]
+    options.teacher, options.student = options.teacher or preset.teacher, options.student or preset.student
     for network in [options.student] if file else [options.teacher, options.student]:
         if ":" not in network:
             check_model_name(network)
-    arch = file.get("arch", options.teacher)
-    tried = [f"{name}-{arch}-{options.student}", name + variant(flags), name]
-    if arch[:3] == options.student[:3] == "wrn":
-        tried.insert(1, f"{name}-wrn")
-    options.preset = options.preset or next((preset for preset in tried if preset in presets), None)
-    if not options.preset:
-        raise BadInput(f"{method} has no preset for data set '{name}'; take another's numbers with --preset: "
-                       f"{', '.join(presets)}")
-    preset = presets[options.preset]
-    options.changed = {key: value for key, value in flags.items()
-                       if value != getattr(preset, key) and key != "seed"}
-    set_up_device(options)
-    _check_folder(options)
-    return options, dataclasses.replace(preset, **flags)
+    return preset.settings
 
 
 def set_up_device(options):
@@ -1140,36 +1224,36 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+# --------------------------------------------------------------------- B5. runs, stages and what they leave
 class Checkpoint:
     """The state of a long loop in one file, random streams included, as it was at the end of an epoch.
 
-    `identity`: a dict of what the state depends on; a file with another one is refused by name.
+    `identity`: a dict of all that the state depends on. A file with another one is refused by name.
     """
+    counter = "epoch"
     latest = None      # the one that was saved or resumed last, for messages
 
     def __init__(self, path, identity):
-        self.path, self.identity = Path(path), {"format": 2, **identity}
-        self.rows, self.next, self.saved, self.began, self.before = [], 0, None, time.monotonic(), 0.0
+        self.path, self.identity = Path(path), {"format": 3, **identity}
+        self.saved, self.next, self.began, self.before = None, 0, time.monotonic(), 0.0
 
     def load(self):
-        """Read the file, if there is one, and refuse it now if it does not fit.
-
-        -> its content, or None.
-        """
+        """Read the file, if there is one, and refuse it now if it does not fit.   -> its content, or None"""
         if self.path.exists() and self.saved is None:
             saved = read_file(self.path, "checkpoint")
-            if not {"identity", "state", "epoch", "rows", "seconds", "rng", "cuda_rng", "costs"} <= {*saved}:
-                raise BadInput(f"{self.path} is not a checkpoint of this project; start anew elsewhere")
+            if not {"identity", "state", "epoch", "log_bytes", "seconds", "rng", "cuda_rng", "costs"} <= {*saved}:
+                raise BadInput(f"{self.path} is not a checkpoint of this version of the program; start anew "
+                               "elsewhere")
             require_same(saved["identity"], {**saved["identity"], **self.identity}, self.path,
                          "type the settings of then, or start anew elsewhere, or move it away")
+            if saved["log_bytes"] > self.log_bytes():
+                raise BadInput(f"the log beside {self.path} is shorter than it was when that was saved; put it "
+                               "back, or start anew elsewhere")
             self.saved = saved
         return self.saved
 
     def resume(self, **state):
-        """Fill modules, optimizers and tensors in place with what was saved.
-
-        -> the first epoch still to do.
-        """
+        """Fill modules, optimizers and tensors in place with what was saved.   -> the first epoch to do"""
         self.state, saved = state, self.load()
         COSTS.clear()
         Checkpoint.latest = self
@@ -1187,7 +1271,7 @@ class Checkpoint:
         if torch.cuda.is_initialized() and len(saved["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
         COSTS.update(saved["costs"])
-        self.rows[:], self.before, self.saved = saved["rows"], saved["seconds"], None
+        self.before, self.saved = saved["seconds"], None
         self.began, self.next = time.monotonic(), saved["epoch"] + 1
         return self.next
 
@@ -1195,43 +1279,281 @@ class Checkpoint:
         """Keep the state as it is at the end of `epoch`."""
         state = {name: value if torch.is_tensor(value) else value.state_dict()
                  for name, value in self.state.items()}
-        write(dict(identity=self.identity, state=state, epoch=epoch, rows=self.rows, seconds=self.seconds(),
-                   rng=torch.get_rng_state(), costs=dict(COSTS),
+        write(dict(identity=self.identity, state=state, epoch=epoch, log_bytes=self.log_bytes(),
+                   seconds=self.seconds(), rng=torch.get_rng_state(), costs=dict(COSTS),
                    cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []), self.path)
         Checkpoint.latest, self.next = self, epoch + 1
+
+    def log_bytes(self):
+        return 0
 
     def seconds(self):
         """Since the loop began, without the pauses in which it did not run."""
         return self.before + time.monotonic() - self.began
 
 
-class Stage(Checkpoint):
-    """What is made once for all students of a teacher, as CSD's bank. It has the same two calls as a run."""
-    def __init__(self, path, identity, event, run):
-        super().__init__(path, identity)
-        self.event, self.run = event, run
+class Loop(Checkpoint):
+    """A long loop in a folder of its own: log.jsonl, samples.png, and checkpoint.pt while it goes on.
+
+    The loop calls `resume` once and `log` at the end of each epoch or round. A loop that is resumed cuts its
+    log back to the length that it had when the checkpoint was saved.
+    """
+    def __init__(self, folder, identity, num_classes):
+        super().__init__(Path(folder, "checkpoint.pt"), identity)
+        self.num_classes, self.rows, self.columns, self.started = num_classes, [], None, False
+
+    @property
+    def folder(self):
+        return self.path.parent
+
+    def log_bytes(self):
+        log = self.folder / "log.jsonl"
+        return log.stat().st_size if log.exists() else 0
+
+    def begin(self):
+        """Make the folder and start its log, or go on with the log that is there."""
+        self.started = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES:                                   # of a process that was killed while it wrote
+            for leftover in self.folder.glob(f".{name}.*.tmp"):
+                leftover.unlink()
+        if self.saved is None:
+            (self.folder / "log.jsonl").unlink(missing_ok=True)    # of one that was killed before it saved
+            self.write(self.first)
+
+    def write(self, row):
+        """Add a row to the log and a line to the screen."""
+        if not self.started:
+            self.begin()
+        if self.saved is None:              # else this is a loop that goes on: its log has the row already
+            self.rows.append(row)
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        if "text" in row:
+            print(f"{row['event']}: {row['text']}", flush=True)
+        elif row["event"] == self.counter:
+            self._print(row)
+
+    def note(self, text, event="note", **more):
+        self.write(dict(event=event, text=text, **more))
 
     def resume(self, **state):
+        """Fill the state from the checkpoint, if there is one.   -> the first epoch or round to do"""
+        if not self.started:
+            self.begin()
+        if self.saved is None:
+            self.state, Checkpoint.latest = state, self
+            return 0
+        length, log = self.saved["log_bytes"], self.folder / "log.jsonl"
         start = super().resume(**state)
-        for row in self.rows:
-            self.run.write(row)
+        os.truncate(log, length)
+        self.rows[:] = [json.loads(line) for line in log.read_text().splitlines()]
+        self.write({**self.first, "event": "resume"})
+        for what in ("versions", "device"):
+            if self.rows[0][what] != self.first[what]:
+                self.note(f"resumed with {what} {self.first[what]}, begun with {self.rows[0][what]}: the end "
+                          "may differ by rounding")
         return start
 
     def log(self, number, means, pixels=None, labels=None):
-        """A round is over: write a row and a line, and keep the state."""
-        for row in describe(self.event, "round", number, means, pixels, labels, self.run.data.num_classes):
-            self.rows.append(row)
-            self.run.write(row)
+        """An epoch or a round is over: write a row and a line, draw its images, keep the state.
+
+        `means`: {name: number}. `pixels` (N, C, H, W) in [0, 1] and `labels` (N,): images to be shown.
+        """
+        *warnings, row = describe(self.counter, number, means, pixels, labels, self.num_classes)
+        self.score(number, row)
+        for each in (*warnings, row):
+            self.write(each)
+        if pixels is not None:
+            save_samples(self.folder / "samples.png", pixels, labels, self.num_classes)
         self.save(number)
 
+    def score(self, number, row):
+        """A run adds its student's scores to the row."""
 
-def describe(event, counter, number, means, pixels, labels, num_classes):
-    """The rows of a round or an epoch: its means, after a warning if its images (pixels in [0, 1]) collapsed.
+    def _print(self, row):
+        """One aligned line; names when they change. Lists, counters and terms that are 0 are left out."""
+        shown = {key.removeprefix("loss_"): value for key, value in row.items() if key != "teacher_queries"
+                 and not key.startswith("seconds_") and not isinstance(value, (list, str))}
+        shown["seconds"] = round(sum(value for key, value in row.items() if key.startswith("seconds_")), 1)
+        if not self.columns or shown.keys() != self.columns[0]:
+            self.columns = shown.keys(), [key for key in shown if shown[key] != 0 or f"loss_{key}" not in row]
+            print(" ".join(f"{key:>{max(8, len(key))}s}" for key in self.columns[1]))
+        print(" ".join(f"{_shown(shown[key]):>{max(8, len(key))}s}" for key in self.columns[1]), flush=True)
 
-    Three signs: they hardly differ (2 or 3 of 255 grey levels); all are in one class; the entropy of
-    their classes is under half of what it can be.
+    def cost(self):
+        return dict(seconds=round(self.seconds(), 1), peak_memory_mb=peak_memory_mb(self.device),
+                    teacher_queries=COSTS["teacher_queries"])
+
+
+class Stage(Loop):
+    """What is made once for all students of a teacher, as CSD's bank: a loop of rounds, and result.pt."""
+    counter = "round"
+
+    def __init__(self, folder, kind, made_with, run):
+        super().__init__(folder, {**made_with, "threads": run.options.threads}, run.data.num_classes)
+        self.made_with, self.run, self.device = made_with, run, run.options.device
+        self.first = dict(event="start", method=run.options.method, stage=kind,
+                          arguments={**made_with, "threads": run.options.threads}, versions=versions(),
+                          device=device_name(self.device))
+
+    def make(self, make):
+        """Keep what `make(self)` returns, with what it was made with and what it cost, in result.pt."""
+        self.began = time.monotonic()
+        COSTS.clear()
+        result = make(self)
+        cost = self.cost()
+        self.write(dict(event="end", **cost))
+        write(dict(made_with=self.made_with, result=result, seconds=cost["seconds"],
+                   teacher_queries=cost["teacher_queries"]), self.folder / "result.pt")
+        self.path.unlink(missing_ok=True)
+
+
+class Run(Loop):
+    """The run of a student: log.jsonl, samples.png, curves.png, checkpoint.pt, student.pt in one folder.
+
+    Only the run sees the test set. `distill` calls `resume` once and `log` at the end of each epoch; main()
+    may call `reuse`, `note` and `finish`. The folder is made with the first row of the log, when everything
+    that can be refused was accepted.
     """
-    row, found = {"event": event, counter: number, **means}, []
+    def __init__(self, options, settings, teacher, student, data, scored=True):
+        self.options, self.settings, self.student, self.data = options, settings, student, data
+        self.device, self.test = options.device, None
+        if scored and options.dataset not in ("none", "imagenet"):
+            self.test, _ = load_dataset(options.dataset, False, options.data_dir, options.device)
+        self.score_teacher(teacher)
+        teacher.register_forward_pre_hook(      # counts the images that the teacher is asked about
+            lambda module, inputs: COSTS.update(teacher_queries=0 if _scoring else len(inputs[0])))
+        same = ("method", "dataset", "student", "precision", "deterministic", "threads", "eval_every")
+        super().__init__(options.out or "runs", dict(
+            {key: getattr(options, key) for key in same}, teacher=digest(teacher.state_dict()),
+            **dataclasses.asdict(settings)), data.num_classes)
+        if options.resume:
+            self.load()
+        COSTS.clear()
+
+    def score_teacher(self, teacher):
+        self.teacher_logits = predict(teacher, self.test, self.data) if self.test else None
+        self.teacher_acc = accuracy(self.teacher_logits, self.test.labels) if self.test else None
+
+    def begin(self):
+        """Choose and lock the folder; print what holds."""
+        options = self.options
+        hidden = "method", "changed", "resume", "teacher_name", "teacher_arch", "teacher_seconds"
+        self.path = _make_folder(options) / "checkpoint.pt"
+        _lock(self.folder, _locks)
+        arguments = {key: value for key, value in vars(options).items() if key not in hidden}
+        arguments.update(dataclasses.asdict(self.settings), device=str(options.device))
+        self.first = dict(
+            event="start", method=options.method, arguments=arguments, changed=options.changed,
+            versions=versions(), device=device_name(options.device), teacher_sha256=self.identity["teacher"],
+            teacher_acc=self.teacher_acc, teacher_seconds=options.teacher_seconds)
+        shown = " ".join(f"{key}={arguments[key]}" for key in sorted(arguments)
+                         if arguments[key] not in ("", None))
+        print(textwrap.fill(shown, 110, initial_indent=f"{options.method}: ", subsequent_indent="    "))
+        print(f"teacher {options.teacher}: test accuracy {_shown(self.teacher_acc)}; student "
+              f"{options.student}; {self.first['device']}; {self.folder}", flush=True)
+        super().begin()
+
+    def reuse(self, kind, folder, shaped_by, make, **more):
+        """What `make(stage)` returned when it was called once: tensors, kept in `folder` for other students.
+
+        `kind`: bank, pool, ...; also the flag that names another folder. `shaped_by`: the settings that
+        shape the result. `more`: what else it depends on. A result or a half-made one of other settings is
+        refused by the name of the first difference. Its seconds and teacher queries count as this run's.
+        """
+        folder = Path(folder)
+        made_with = dict(format=f"{self.options.method}-{kind}-6", teacher=self.identity["teacher"],
+                         precision=self.options.precision, **self.data._asdict(), **more,
+                         **{name: getattr(self.settings, name) for name in shaped_by})
+        if folder.is_file():
+            raise BadInput(f"{folder} is a file; --{kind} names a folder, in which the {kind} is kept")
+        result = folder / "result.pt"
+        if not result.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as lock:
+                _lock(folder, lock, wait=True)
+                stage = Stage(folder, kind, made_with, self)
+                if not result.exists():                    # else another process has made it meanwhile
+                    stage.load()
+                    if not self.started:
+                        self.begin()
+                    print(f"{kind} -> {folder}", flush=True)
+                    stage.make(make)
+        else:
+            print(f"{kind} from {folder}", flush=True)
+        kept = read_file(result, kind)
+        require_same(kept.get("made_with", {}), made_with, result,
+                     f"name another folder with --{kind}, or move this one away")
+        cost = {name: kept[name] for name in ("seconds", "teacher_queries")}
+        self.identity[kind] = digest(kept["result"])
+        self.write(dict(event=kind, path=str(folder), sha256=self.identity[kind], **cost))
+        COSTS.clear()
+        COSTS["teacher_queries"] = cost["teacher_queries"]
+        self.before, self.began = self.before + cost["seconds"], time.monotonic()
+        return kept["result"]
+
+    def score(self, epoch, row):
+        row.update(student_acc=None, agreement=None)
+        if self.test and (epoch == self.settings.epochs - 1 or (epoch + 1) % self.options.eval_every == 0):
+            logits = predict(self.student, self.test, self.data)
+            row["student_acc"] = accuracy(logits, self.test.labels)
+            row["agreement"] = agreement(logits, self.teacher_logits)
+
+    def log(self, epoch, means, pixels=None, labels=None):
+        """An epoch is over: score the student, write a row and a line, draw the images, keep the state."""
+        first = epoch == self.next
+        super().log(epoch, means, pixels, labels)
+        if self.options.keep_epochs:
+            shown = None if pixels is None else (255 * pixels[:200].clamp(0, 1)).byte().contiguous()
+            write(dict(student=self.student.state_dict(), pixels=shown), self.folder / f"epochs/{epoch}.pt")
+        left = (self.settings.epochs - 1 - epoch) * sum(
+            value for key, value in self.rows[-1].items() if key.startswith("seconds_"))
+        if first and left > 60:
+            print(f"at this speed the other epochs take {left / 60:.0f} minutes", flush=True)
+
+    def finish(self, result=None):
+        """Write curves.png, student.pt and the end row, and print the result of the last epoch.
+
+        In this order: a run that is killed in between ends the same when it is resumed. `result`: a line
+        for the screen, of a run that trained no student.
+        """
+        cost = self.cost()
+        if result:
+            self.write(dict(event="end", teacher_acc=self.teacher_acc, **cost))
+            print(f"{result}, {cost['seconds']:.0f} s", flush=True)
+            return
+        epochs = [row for row in self.rows if row["event"] == "epoch"]
+        scores = [row["student_acc"] for row in epochs if row["student_acc"] is not None]
+        last, best, ece = epochs[-1]["student_acc"], max(scores, default=None), None
+        if self.test:
+            ece = expected_calibration_error(predict(self.student, self.test, self.data), self.test.labels)
+        row = dict(event="end", teacher_acc=self.teacher_acc, student_acc_last=last, student_acc_best=best,
+                   agreement=epochs[-1]["agreement"], ece=ece, **cost)
+        save_curves(self.folder / "curves.png", epochs, self.teacher_acc)
+        save_classifier(self.folder / "student.pt", self.student, self.options.student, self.data,
+                        self.options.dataset, test_acc=last, method=self.options.method,
+                        teacher_sha256=self.identity["teacher"])
+        self.write(row)
+        print(f"last epoch: student {_shown(last)}, teacher {_shown(self.teacher_acc)} on the test images; "
+              f"agreement {_shown(row['agreement'])}; calibration error {_shown(ece)}; {row['seconds']:.0f} s"
+              f"   [best epoch, chosen on the test set: {_shown(best)}]")
+        there = [name for name in RUN_FILES if Path(self.folder, name).exists() and name != "checkpoint.pt"]
+        print(f"{self.folder}: {', '.join(there)}", flush=True)
+
+
+RUN_FILES = "student.pt", "samples.png", "curves.png", "log.jsonl", "images.pt", "checkpoint.pt"
+
+
+def describe(counter, number, means, pixels, labels, num_classes):
+    """The rows of an epoch or a round: its means, after a warning if its images (pixels in [0, 1]) collapsed.
+
+    There are three signs of a collapse: the images hardly differ (by 2 or 3 of 255 grey levels); all are in
+    one class; the entropy of their classes is under half of what it can be.
+    """
+    row, found = {"event": counter, counter: number, **means}, []
     if pixels is not None:
         row["pixel_std"] = pixels.std(0, correction=0).mean().item()
         if row["pixel_std"] < 0.01:
@@ -1248,183 +1570,6 @@ def describe(event, counter, number, means, pixels, labels, num_classes):
     row.update(seconds, teacher_queries=COSTS["teacher_queries"])
     warning = {"event": "collapse", counter: number, "text": f"{counter} {number}: {', '.join(found)}"}
     return [warning, row] if found else [row]
-
-
-class Run(Checkpoint):
-    """The run folder: log.jsonl, samples.png, checkpoint.pt, student.pt. Only the run sees the test set.
-
-    `distill` calls `resume` once and `log` at the end of each epoch; main() may call `cached`, `note` and
-    `finish`. The folder is made with the first row, when everything that can be refused was accepted.
-    """
-    def __init__(self, options, settings, teacher, student, data, scored=True):
-        self.options, self.settings, self.student, self.data = options, settings, student, data
-        self.folder, self.columns, self.test = None, None, None
-        if scored and options.dataset not in ("none", "imagenet"):
-            self.test, _ = load_dataset(options.dataset, False, options.data_dir, options.device)
-        self.score_teacher(teacher)
-        teacher.register_forward_pre_hook(      # counts the images that the teacher is asked about
-            lambda module, inputs: COSTS.update(teacher_queries=0 if _scoring else len(inputs[0])))
-        same = ("method", "dataset", "student", "precision", "deterministic", "threads", "eval_every")
-        super().__init__(Path(options.out or "runs", "checkpoint.pt"), dict(
-            {key: getattr(options, key) for key in same}, teacher=digest(teacher.state_dict()),
-            **dataclasses.asdict(settings)))
-        self.waiting = bool(options.resume and self.load())        # a resumed log waits for the state
-        COSTS.clear()
-
-    def score_teacher(self, teacher):
-        self.teacher_logits = predict(teacher, self.test, self.data) if self.test else None
-        self.teacher_acc = accuracy(self.teacher_logits, self.test.labels) if self.test else None
-
-    def _begin(self):
-        """Make the folder; print and log what holds."""
-        options = self.options
-        hidden = "method", "changed", "resume", "teacher_name", "teacher_arch", "teacher_seconds"
-        self.folder = _make_folder(options)
-        _lock(self.folder)
-        self.path = self.folder / "checkpoint.pt"
-        arguments = {key: value for key, value in vars(options).items() if key not in hidden}
-        arguments.update(dataclasses.asdict(self.settings), device=str(options.device))
-        self.first = dict(
-            event="start", method=options.method, arguments=arguments, changed=options.changed,
-            versions=versions(), device=device_name(options.device), teacher_sha256=self.identity["teacher"],
-            teacher_acc=self.teacher_acc, teacher_seconds=options.teacher_seconds)
-        shown = " ".join(f"{key}={arguments[key]}" for key in sorted(arguments)
-                         if arguments[key] not in ("", None))
-        print(textwrap.fill(shown, 110, initial_indent=f"{options.method}: ", subsequent_indent="    "))
-        print(f"teacher {options.teacher}: test accuracy {_shown(self.teacher_acc)}; student "
-              f"{options.student}; {self.first['device']}; {self.folder}", flush=True)
-        for name in RUN_FILES:                                   # of a process that was killed while it wrote
-            for leftover in self.folder.glob(f".{name}.*.tmp"):
-                leftover.unlink()
-        if not self.waiting:
-            (self.folder / "log.jsonl").unlink(missing_ok=True)    # of one that was killed before it saved
-            self.write(self.first)
-
-    def write(self, row):
-        """Add a row to the log and a line to the screen."""
-        if self.folder is None:
-            self._begin()
-        if self.waiting:                                           # the checkpoint has this row
-            return
-        self.rows.append(row)
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if "text" in row:
-            print(f"{row['event']}: {row['text']}", flush=True)
-        elif row["event"] not in ("start", "end", "resume"):
-            self._print(row)
-
-    def note(self, text, event="note", **more):
-        self.write(dict(event=event, text=text, **more))
-
-    def cached(self, event, path, shaped_by, make, **more):
-        """What `make(stage)` returned, tensors, when it was called once; kept in `path` for other students.
-
-        `shaped_by`: the settings that shape it; a file made with others is refused by name. `more`: what
-        else it must have been made with. Its rows, seconds and teacher queries count as this run's.
-        """
-        path = Path(path)
-        made_with = dict(format=f"{self.options.method}-{event}-5", teacher=self.identity["teacher"],
-                         precision=self.options.precision, **self.data._asdict(), **more,
-                         **{name: getattr(self.settings, name) for name in shaped_by})
-        partial, threads = path.with_suffix(".partial.pt"), self.options.threads
-        stage = Stage(partial, {**made_with, "threads": threads}, event, self)
-        if path.exists():
-            kept = read_file(path, event)
-            require_same(kept.get("made_with", {}), made_with, path,
-                         f"name another file with --{event}, or move this one away")
-            self.note(f"{event} from {path}")
-            for row in kept["rows"]:
-                self.write(row)
-                self.before += sum(value for key, value in row.items() if key.startswith("seconds_"))
-        else:
-            stage.load()                                           # refuses a half-made one of other settings
-            self.note(f"{event} -> {path}")
-            kept = dict(made_with=made_with, result=make(stage), rows=stage.rows)
-            kept["queries"] = COSTS["teacher_queries"]
-            self.before += stage.before                            # the seconds before it was killed
-            if not path.exists():                                  # else another process was faster
-                write(kept, path)
-        stage.path.unlink(missing_ok=True)
-        COSTS.clear()
-        COSTS["teacher_queries"] = kept["queries"]
-        self.identity[event] = digest(kept["result"])
-        return kept["result"]
-
-    def resume(self, **state):
-        """Fill the state from the checkpoint of --resume.   -> the first epoch that is still to do"""
-        if self.folder is None:
-            self._begin()
-        if not self.waiting:                                   # a new run: there is no checkpoint to look for
-            self.state, self.start, Checkpoint.latest = state, 0, self
-            return 0
-        self.start, self.waiting = super().resume(**state), False
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)     # the log as it was at the checkpoint
-        write(text, self.folder / "log.jsonl", save=lambda text, file: file.write(text.encode()))
-        self.write({**self.first, "event": "resume"})
-        for what in ("versions", "device"):
-            if self.rows[0][what] != self.first[what]:
-                self.note(f"resumed with {what} {self.first[what]}, begun with {self.rows[0][what]}: the end "
-                          "may differ by rounding")
-        return self.start
-
-    def log(self, epoch, means, pixels=None, labels=None):
-        """An epoch is over: score the student, write a row and a line, draw the images, keep the state."""
-        *warnings, row = describe("epoch", "epoch", epoch, means, pixels, labels, self.data.num_classes)
-        row.update(student_acc=None, agreement=None)
-        if self.test and (epoch == self.settings.epochs - 1 or (epoch + 1) % self.options.eval_every == 0):
-            logits = predict(self.student, self.test, self.data)
-            row["student_acc"] = accuracy(logits, self.test.labels)
-            row["agreement"] = agreement(logits, self.teacher_logits)
-        for each in (*warnings, row):
-            self.write(each)
-        if pixels is not None:
-            save_samples(self.folder / "samples.png", pixels, labels, self.data.num_classes)
-        if self.options.keep_epochs:
-            shown = None if pixels is None else (255 * pixels[:200].clamp(0, 1)).byte().contiguous()
-            write(dict(student=self.student.state_dict(), pixels=shown), self.folder / f"epochs/{epoch}.pt")
-        self.save(epoch)
-        left = (self.settings.epochs - 1 - epoch) * sum(
-            value for key, value in row.items() if key.startswith("seconds_"))
-        if epoch == self.start and left > 60:
-            print(f"at this speed the other epochs take {left / 60:.0f} minutes", flush=True)
-
-    def _print(self, row):
-        """One aligned line; names when they change. Lists, counters and terms that are 0 are left out."""
-        shown = {key.removeprefix("loss_"): value for key, value in row.items() if key != "teacher_queries"
-                 and not key.startswith("seconds_") and not isinstance(value, (list, str))}
-        shown["seconds"] = round(sum(value for key, value in row.items() if key.startswith("seconds_")), 1)
-        if not self.columns or shown.keys() != self.columns[0]:
-            self.columns = shown.keys(), [key for key in shown if shown[key] != 0 or f"loss_{key}" not in row]
-            print(" ".join(f"{key:>{max(8, len(key))}s}" for key in self.columns[1]))
-        print(" ".join(f"{_shown(shown[key]):>{max(8, len(key))}s}" for key in self.columns[1]), flush=True)
-
-    def finish(self, result=None):
-        """Write student.pt and the end row, and print the result of the last epoch.
-
-        In this order: a run that is killed in between ends the same when it is resumed. `result`: a line
-        for the screen, of a run that trained no student.
-        """
-        cost = dict(seconds=round(self.seconds(), 1), peak_memory_mb=peak_memory_mb(self.options.device),
-                    teacher_queries=COSTS["teacher_queries"])
-        if result:
-            self.write(dict(event="end", teacher_acc=self.teacher_acc, **cost))
-            print(f"{result}, {cost['seconds']:.0f} s", flush=True)
-            return
-        epochs = [row for row in self.rows if row["event"] == "epoch"]
-        scores = [row["student_acc"] for row in epochs if row["student_acc"] is not None]
-        last, best, ece = epochs[-1]["student_acc"], max(scores, default=None), None
-        if self.test:
-            ece = expected_calibration_error(predict(self.student, self.test, self.data), self.test.labels)
-        row = dict(event="end", teacher_acc=self.teacher_acc, student_acc_last=last, student_acc_best=best,
-                   agreement=epochs[-1]["agreement"], ece=ece, **cost)
-        save_classifier(self.folder / "student.pt", self.student, self.options.student, self.data,
-                        self.options.dataset, test_acc=last, method=self.options.method,
-                        teacher_sha256=self.identity["teacher"])
-        self.write(row)
-        print(f"last epoch: student {_shown(last)}, teacher {_shown(self.teacher_acc)}, agreement "
-              f"{_shown(row['agreement'])}, calibration error {_shown(ece)}, {row['seconds']:.0f} s   [best "
-              f"epoch, chosen on the test set: {_shown(best)}]   {self.folder}", flush=True)
 
 
 def _make_folder(options):
@@ -1477,21 +1622,60 @@ def save_samples(path, pixels, labels, num_classes, each=8, most=20):
     write(picture, path, save=lambda picture, file: picture.save(file, format="PNG"))
 
 
+def save_curves(path, epochs, teacher_acc=None):
+    """A PNG with the student's scores on the left and the losses on the right, over the epochs.
+
+    `epochs`: the rows of the log that end an epoch. Every loss is drawn over its largest absolute value, so
+    that terms of different sizes can be seen in one picture; its first and last values stand in the legend.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in (("student_acc", "student"), ("agreement", "agreement with the teacher")):
+        points = [(row["epoch"] + 1, 100 * row[name]) for row in epochs if row.get(name) is not None]
+        if points:
+            left.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
+    if teacher_acc is not None:
+        left.axhline(100 * teacher_acc, color="gray", linestyle=":", label="teacher")
+        left.legend(frameon=False, fontsize=8)
+        left.set(title="on the test images, %", xlabel="epoch")
+    else:
+        left.set(title="no test images, no score", xlabel="epoch")
+    losses = {name: [(row["epoch"] + 1, row[name]) for row in epochs if row.get(name) is not None]
+              for name in dict.fromkeys(key for row in epochs for key in row if key.startswith("loss"))}
+    for name, points in losses.items():
+        largest = max((abs(value) for _, value in points), default=0)
+        if largest:
+            label = f"{name}: {points[0][1]:.3g} to {points[-1][1]:.3g}"
+            right.plot([epoch for epoch, _ in points], [value / largest for _, value in points], label=label,
+                       marker="." if len(points) < 30 else None)
+    right.set(title="losses, each over its largest absolute value", xlabel="epoch")
+    if any(max((abs(value) for _, value in points), default=0) for points in losses.values()):
+        right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    write(figure, path, save=lambda figure, file: figure.savefig(file, format="png", dpi=100))
+
+
 _locks = contextlib.ExitStack()      # of run folders; they go with the process, however it ends
 
 
-def _lock(folder):
-    """Raises BadInput if another process writes to the folder."""
+def _lock(folder, stack, wait=False):
+    """Hold the folder until `stack` is closed. If another process holds it, wait, or raise BadInput."""
     try:
         import fcntl
     except ImportError:        # Windows
         return
     handle = os.open(folder, os.O_RDONLY)
-    _locks.callback(os.close, handle)
+    stack.callback(os.close, handle)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BadInput(f"another process writes to {folder}; wait, or name another --out") from None
+        if not wait:
+            raise BadInput(f"another process writes to {folder}; wait, or name another --out") from None
+        print(f"another process makes {folder}; waiting for it", flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError:            # a file system without locks
         pass
 
@@ -1511,7 +1695,7 @@ def command_line(main):
             if isinstance(error, torch.OutOfMemoryError):
                 error = "the GPU's memory is full; lower --batch-size, or another batch size of --help"
             last = Checkpoint.latest
-            where = f" in epoch {last.next}" if last else ""
+            where = f" in {last.counter} {last.next}" if last else ""
             where += f"; its last checkpoint: {last.path}" if last and last.path.exists() else ""
             print(f"stopped: {error}{where}", file=sys.stderr)
             raise SystemExit(1) from None
@@ -1522,45 +1706,6 @@ def command_line(main):
             print(f"stopped; to go on, type the same command again{folder}", file=sys.stderr)
             raise SystemExit(130) from None
     return wrapped
-
-
-def inspect_network(name):
-    """What a network has that a method may ask for, found by running it on blank images.   -> lines of text
-
-    `name`: as --teacher takes it. Raises BadInput for a network that cannot be built or answers no image.
-    """
-    classes, sides = 10, (8, 28, 32, 64, 224, 299)
-    shapes = [(channels, side, side) for channels in (1, 3) for side in sides]
-    if is_file_name(name):
-        file = read_classifier(name)
-        name, data = file["arch"], DataSpec(**file["data"])
-        classes, shapes = data.num_classes, [tuple(data.image_shape)]
-    usual = shapes[0] if len(shapes) == 1 else (1 if name.startswith("lenet5") else 3, 32, 32)
-    model, taken = build_model(name, classes, usual), []
-    for shape in shapes:
-        with contextlib.suppress(Exception), torch.no_grad(), frozen(model):
-            answer = model(torch.zeros(2, *shape))                           # which may raise anything
-            if answer.dim() == len(answer) == 2:
-                taken, classes = [*taken, shape], answer.shape[1]
-    if not taken:
-        raise BadInput(f"{name} answers no blank images of {', '.join(map(str, shapes))} with logits (N, K)")
-    data = DataSpec(taken[-1], classes, (0.5,) * taken[-1][0], (0.5,) * taken[-1][0])
-    names = {layer: name for name, layer in model.named_modules()}
-    seen = probe(model, [layer for layer in names if not list(layer.children())], data)   # as they ran
-    vectors = [layer for layer, x in seen.items() if isinstance(layer, nn.Linear) and x.dim() == 2]
-    maps = [layer for layer, x in seen.items()
-            if x.dim() == 4 and x.shape[2] > 1 and tuple(x.shape[1:]) != data.image_shape]
-    last_map = getattr(model, "last_map", None) or [None, *maps][-1]
-
-    def input_of(layer):
-        return f"input of {names[layer]}, (N, {', '.join(map(str, seen[layer].shape[1:]))})"
-    counts = len(batchnorms(model, data)), sum(isinstance(layer, nn.BatchNorm2d) for layer in names)
-    return [f"{name}: {sum(weight.numel() for weight in model.parameters()):,} weights, {classes} classes",
-            f"images             {', '.join('x'.join(map(str, shape)) for shape in taken)}, of those tried",
-            f"BatchNorm          {counts[0]} layers that run, of {counts[1]}",
-            f"feature vectors    {input_of(vectors[-1]) if vectors else 'none'}",
-            f"last feature map   {input_of(last_map) if last_map else 'none'}"
-            + ("" if hasattr(model, "last_map") else ": a guess, from what ran last")]
 
 
 @command_line

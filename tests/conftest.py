@@ -15,12 +15,13 @@ import csd  # noqa: E402
 import cudfkd  # noqa: E402
 import dafl  # noqa: E402
 import deepinversion  # noqa: E402
+import plain_inversion  # noqa: E402
 import rdskd  # noqa: E402
 import regulated_kd  # noqa: E402
 import surrogate_kd  # noqa: E402
 
-METHODS = [csd, cudfkd, dafl, deepinversion, rdskd, regulated_kd, surrogate_kd]
-DATA_FREE = [csd, cudfkd, dafl, deepinversion, rdskd]
+DATA_FREE = [csd, cudfkd, dafl, deepinversion, plain_inversion, rdskd]
+METHODS = [*DATA_FREE, regulated_kd, surrogate_kd]
 # OMP_NUM_THREADS=1 asks for one; two workers of pytest-xdist with two threads each would slow one another
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
 # settings with which a run takes a second or two; a new method needs one entry here and one in METHODS
@@ -34,6 +35,8 @@ TINY = {
                         synthesis_batch_size=10, synthesis_steps=2),
     cudfkd: dict(epochs=2, batch_size=8, student_steps=4, round_steps=2, synthesis_batch_size=6,
                  images_per_pass=5, latent_dim=6, generator_width=4),
+    plain_inversion: dict(epochs=2, batch_size=8, student_steps=3, synthesis_batch_size=10, synthesis_steps=2,
+                          latent_dim=6, bank_rounds=2, bank_synthesis_steps=2),
     regulated_kd: dict(epochs=2, teacher_epochs=2, batch_size=160, teacher_batch_size=160,
                        scan_batch_size=160),
     surrogate_kd: dict(epochs=2, batch_size=8, pool_images=40, pool_budget=1, attacks=2, attack_iterations=4),
@@ -42,7 +45,7 @@ TINY = {
 
 def tiny_settings(method, **changes):
     """A method's Settings with which `distill` takes a second."""
-    return dataclasses.replace(method.PRESETS["digits"], **{**TINY[method], **changes})
+    return dataclasses.replace(method.PRESETS["digits"].settings, **{**TINY[method], **changes})
 
 
 def tiny_networks(teacher="wrn10_1", student="wrn10_1"):

@@ -17,7 +17,8 @@ from PIL import Image
 
 import common
 from common import BadInput
-from conftest import METHODS, THREADS, csd, cudfkd, dafl, deepinversion, regulated_kd, tiny_args
+from conftest import (METHODS, THREADS, csd, cudfkd, dafl, deepinversion, plain_inversion, regulated_kd,
+                      surrogate_kd, tiny_args)
 from helpers import equal, refused, rows_of, run_script, save_untrained
 from test_methods import STAGES, each, files_of, killed
 
@@ -219,7 +220,8 @@ def test_what_a_method_needs_is_asked_before_a_teacher_is_trained(in_tmp, monkey
 
 # ------------------------------------------------------------------------------------------ flags and presets
 def parsed(method, text):
-    return common.parse(method.__name__, method.__doc__, method.Settings, method.PRESETS, text.split())
+    more = dict(fits=surrogate_kd.fits) if method is surrogate_kd else {}
+    return common.parse(method.__name__, method.__doc__, method.Settings, method.PRESETS, text.split(), **more)
 
 
 WIDE = "--teacher wrn40_2 --student "
@@ -237,16 +239,24 @@ WIDE = "--teacher wrn40_2 --student "
     (csd, "--dataset svhn", "svhn", "svhn", "wrn40_2", "wrn16_1"),
     (csd, "--teacher checkpoints/toy.pt", "digits", "digits", "checkpoints/toy.pt", "wrn16_1"),
     (csd, "--teacher checkpoints/toy.pt --dataset none", "digits", "none", "checkpoints/toy.pt", "wrn16_1"),
-    (cudfkd, WIDE + "wrn16_2", "cifar10-wrn", "cifar10", "wrn40_2", "wrn16_2"),
-    (cudfkd, WIDE + "wrn16_1 --dataset cifar100", "cifar100-wrn", "cifar100", "wrn40_2", "wrn16_1"),
+    (cudfkd, WIDE + "wrn40_1", "cifar10-wrn40_2-wrn40_1", "cifar10", "wrn40_2", "wrn40_1"),
+    (cudfkd, WIDE + "wrn16_1 --dataset cifar100", "cifar100", "cifar100", "wrn40_2", "wrn16_1"),
     (cudfkd, WIDE + "resnet18", "cifar10", "cifar10", "wrn40_2", "resnet18"),
+    (csd, "--teacher wrn16_2", "cifar10-cpu", "cifar10", "wrn16_2", "wrn16_1"),
+    (csd, "--student resnet18", "cifar10", "cifar10", "resnet34", "resnet18"),
+    (csd, "--preset cifar10 --dataset cifar100 --student vgg8", "cifar10", "cifar100", "resnet34", "vgg8"),
+    (plain_inversion, "", "cifar10", "cifar10", "resnet34", "resnet18"),
+    (surrogate_kd, "--surrogate folder:x", "cifar10-real", "cifar10", "resnet34", "resnet18"),
+    (surrogate_kd, "--surrogate noise", "cifar10", "cifar10", "resnet34", "resnet18"),
     (dafl, "--dataset mnist", "mnist", "mnist", "lenet5", "lenet5_half"),
     (deepinversion, "--dataset imagenet", "imagenet", "imagenet", "torchvision:resnet50",
      "torchvision:resnet18")])
-def test_a_preset_is_found_by_name_pair_family_or_data_set(
+def test_a_preset_is_found_by_name_networks_or_data_set(
         method, flags, preset, dataset, teacher, student, teacher_file):
     options, settings = parsed(method, flags)
-    assert settings == method.PRESETS[preset] and not options.changed
+    wanted = dataclasses.replace(method.PRESETS[preset].settings, **(
+        {"surrogate": flags.split()[1]} if "--surrogate" in flags else {}))
+    assert settings == wanted and {*options.changed} <= {"surrogate"}
     found = options.preset, options.dataset, options.teacher, options.student
     assert found == (preset, dataset, teacher, student)
 
@@ -255,7 +265,7 @@ def test_flags_beat_the_preset_and_are_named_as_changed():
     options, settings = parsed(csd, "--preset digits --epochs 3 --csd 0 --raw-head --seed 7 --batch-size 64")
     assert (settings.epochs, settings.csd, settings.raw_head, settings.seed) == (3, 0.0, True, 7)
     assert options.changed == {"epochs": 3, "csd": 0.0, "raw_head": True}
-    assert parsed(csd, "--preset digits --no-raw-head")[1] == csd.PRESETS["digits"]
+    assert parsed(csd, "--preset digits --no-raw-head")[1] == csd.PRESETS["digits"].settings
 
 
 HUGE = "--teacher nowhere/t.pt --preset digits --{} 1" + 30 * "0"
@@ -386,8 +396,8 @@ def test_ctrl_c_says_how_to_go_on(moment, teacher_file, in_tmp, capsys, monkeypa
     save = common.Checkpoint.save
 
     def interrupted(self, *args):
-        stage = "teacher" if type(self) is common.Checkpoint else f"epoch {args[0]}"
-        if moment == getattr(self, "event", stage):
+        loops = {common.Checkpoint: "teacher", common.Stage: "bank", common.Run: f"epoch {args[0]}"}
+        if moment == loops[type(self)]:
             signal.raise_signal(signal.SIGINT)
         save(self, *args)
     args = tiny_args(csd, "wrn10_1" if moment == "teacher" else teacher_file)
@@ -447,7 +457,7 @@ ALIKE, ONE, FEW = 0.5 + 0.001 * VARIED, 0 * EVEN + 3, (EVEN > 8).long()
 def test_the_three_signs_of_a_collapse(pixels, labels, words):
     common.COSTS.clear()
     common.COSTS.update(seconds_a=1.0, teacher_queries=5)
-    *warning, row = common.describe("epoch", "epoch", 7, {"loss": 1.0}, pixels, labels, 10)
+    *warning, row = common.describe("epoch", 7, {"loss": 1.0}, pixels, labels, 10)
     assert len(warning) == bool(words) and all(word in warning[0]["text"] for word in words)
     known = {"event": "epoch", "epoch": 7, "loss": 1.0, "seconds_a": 1.0, "teacher_queries": 5}
     assert known.items() <= row.items() and common.COSTS == {"teacher_queries": 5}
