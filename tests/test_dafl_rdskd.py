@@ -29,7 +29,7 @@ def test_dafl_golden_1_2_4_terms_totals_with_the_presets_own_weights_and_gradien
     near6(dafl.activation_loss(FEATURES), -0.3733333)
     near6(dafl.activation_loss(FEATURES, sum_features=True), -1.8666667)
     for name, total in (("mnist", -2.3633069), ("cifar10", -2.8976876), ("cifar100", -11.4337880)):
-        preset = dafl.PRESETS[name]
+        preset = dafl.PRESETS[name].settings
         near6(preset.oh * dafl.one_hot_loss(T) + preset.ie * dafl.information_entropy_loss(T)
               + preset.act * dafl.activation_loss(FEATURES), total)
     t = T.clone().requires_grad_()

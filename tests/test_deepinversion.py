@@ -32,7 +32,8 @@ def test_goldens_1_2_4_5_priors_bn_total_and_rate():
     near6(loss_bn, 2.2638321), near6(di.bn_loss([seen[bn]], [RUNNING], first=10.0), 22.638321)
     near6(di.bn_loss([seen[bn]] * 2, [RUNNING] * 2, first=10.0), 22.638321 + 2.2638321)
     weight = (((torch.arange(240) * 11) % 13).to(D) / 26 - 0.25).reshape(5, 48)
-    ce, cifar10 = di.one_hot_loss(X.reshape(2, 48) @ weight.T, torch.tensor([0, 3])), di.PRESETS["cifar10"]
+    cifar10 = di.PRESETS["cifar10"].settings
+    ce = di.one_hot_loss(X.reshape(2, 48) @ weight.T, torch.tensor([0, 3]))
     near6(ce, 1.8418364)
     near6(ce + cifar10.tv * di.tv_loss(X) + cifar10.bn * loss_bn + 3e-8 * di.l2_loss(X), 24.4808022)
     near6(di.kd_loss(X[0, 0], X[0, 1], 3.0), kl(X[0, 0], X[0, 1], 3.0).mean())
