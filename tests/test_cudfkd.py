@@ -1,5 +1,5 @@
-"""cudfkd.py: golden numbers (float64, 1e-5; 1e-4 at temperature 20, as they were taken in float32), what a
-weight is the minimum of, the presets' schedules, and the whole of distill, written anew batch by batch."""
+"""cudfkd.py: golden numbers (float64, 1e-5; 1e-4 at temperature 20, as they were taken in float32), what the
+weights minimise, the presets' schedules, and the whole of distill, written anew batch by batch."""
 import math
 
 import pytest
@@ -17,6 +17,12 @@ T = ((torch.arange(12) * 7) % 12).to(D).reshape(3, 4) / 2
 LOSSES = torch.tensor([0.5, 1.5, 2.5, 4.0], dtype=D)
 
 
+def loss_of(losses, age, curriculum="log", granularity="sample"):
+    """The student's loss, as distill puts it together."""
+    difficulty = cu.difficulties(losses, granularity)
+    return cu.curriculum_loss(difficulty, cu.curriculum_weights(difficulty.detach(), age, curriculum))
+
+
 @pytest.mark.parametrize("curriculum, weights, regularizer", [
     ("hard", [1.0, 1, 0, 0], [-2.0, -2, 0, 0]), ("soft", [0.75, 0.25, 0, 0], [-0.9375, -0.4375, 0, 0]),
     ("log", [0.928221, 0.706700, 0.428635, 0.135335], [-2.251679, -2.021848, -1.465719, -0.541341]),
@@ -24,13 +30,13 @@ LOSSES = torch.tensor([0.5, 1.5, 2.5, 4.0], dtype=D)
 def test_golden_2_weights_and_regularizers(curriculum, weights, regularizer):
     found = cu.curriculum_weights(LOSSES, 2.0, curriculum)
     near(found, weights), near(cu.curriculum_regularizer(found, 2.0, curriculum), regularizer)
-    of_batch = cu.curriculum_weights(LOSSES.mean(), 2.0, curriculum)           # does not choose
-    for granularity, v in (("sample", found), ("batch", of_batch)):            # v is a constant
+    one = cu.curriculum_weights(LOSSES.mean(), 2.0, curriculum)                # for the whole batch
+    for granularity, v in (("sample", found), ("batch", one)):     # v is a constant; the sum is divided by N
         losses = LOSSES.clone().requires_grad_()
-        loss = cu.curriculum_loss(losses, 2.0, curriculum, granularity)
+        loss = loss_of(losses, 2.0, curriculum, granularity)
         near(loss, (v * LOSSES).mean()), near(torch.autograd.grad(loss, losses)[0], v.expand(4) / 4)
     for call in (lambda: cu.curriculum_weights(LOSSES, 2.0, curriculum.title()),
-                 lambda: cu.curriculum_loss(LOSSES, 2.0, curriculum, "")):
+                 lambda: cu.difficulties(LOSSES, "")):
         with pytest.raises(ValueError, match="must be (hard, soft, log or none|sample or batch)"):
             call()
 
@@ -40,16 +46,16 @@ def test_goldens_1_2_3_losses_of_each_image_and_the_three_published_readings():
     near(losses, [1.519382, 1.781594, 0.923359], 1e-4), near(losses.mean(), 1.408112, 1e-4)
     near(cu.kd_losses(S, T, 5).mean(), 1.386122), near(cu.kd_losses(S, T, 2).mean(), 1.173775)
     near(l1, [2.1, 2.3, 2.3])
-    near(cu.curriculum_loss(LOSSES, 2.0), 0.784272)
+    near(loss_of(LOSSES, 2.0), 0.784272)
     near6(cu.curriculum_weights(LOSSES, 12.0), [0.999996, 0.999979, 0.999931, 0.999671])
     scalar = cu.curriculum_weights(LOSSES.mean(), 2.0)
     near(scalar, 0.532235), near(cu.curriculum_regularizer(scalar, 2.0), -1.705105)
-    near(cu.curriculum_loss(LOSSES, 2.0, granularity="batch"), 1.130998)
-    near(cu.curriculum_loss(losses, 2.0), 0.989710, 1e-4)      # by image
-    v, batch = cu.curriculum_weights(losses.mean(), 2.0), cu.curriculum_loss(losses, 2.0, granularity="batch")
+    near(loss_of(LOSSES, 2.0, granularity="batch"), 1.130998)
+    near(loss_of(losses, 2.0), 0.989710, 1e-4)                 # by image
+    v, batch = cu.curriculum_weights(losses.mean(), 2.0), loss_of(losses, 2.0, granularity="batch")
     near(v, 0.730927, 1e-4), near(batch, 1.029227, 1e-4)       # by batch, the code's last state
     near(batch + cu.curriculum_regularizer(v, 2.0), -1.027853, 1e-4)           # printed by its first one
-    near(cu.curriculum_loss(l1, 2.0), 1.118346), near(cu.curriculum_loss(l1, 2.0, "log", "batch"), 1.120550)
+    near(loss_of(l1, 2.0), 1.118346), near(loss_of(l1, 2.0, "log", "batch"), 1.120550)
 
 
 @pytest.mark.parametrize("name, growth, slope", [
@@ -57,15 +63,27 @@ def test_goldens_1_2_3_losses_of_each_image_and_the_three_published_readings():
     ("cifar10-wrn40_2-wrn40_1", 0.2, 1e-4), ("cifar100", 0.35, 2e-5), ("tiny-imagenet", 0.15, 2e-5),
     ("cifar100-wrn40_2-wrn40_1", 0.12, 2e-5), ("cifar100-wrn40_2-wrn16_2", 0.15, 2e-5), ("svhn", 0.03, 2e-5)])
 def test_golden_4_ramp_and_age_of_each_preset_are_what_the_codes_increments_add_up_to(name, growth, slope):
-    preset = cu.PRESETS[name]
+    preset = cu.PRESETS[name].settings
     ramp = preset.adversarial_start, preset.adversarial_end, preset.ramp_begin, preset.ramp_end
     begin, end = (math.floor(preset.epochs * part) for part in ramp[2:])
     assert preset.age_end - preset.age_start == pytest.approx(slope * preset.epochs * preset.student_steps)
     assert ramp[1] == pytest.approx(ramp[0] + growth * (end - begin - (name != "svhn")))
-    alpha = ramp[0]                                            # svhn's is the next paper's closed form
-    for epoch in range(preset.epochs if name != "svhn" else 0):
+    alpha = ramp[0]
+    for epoch in range(preset.epochs if name != "svhn" else 0):            # svhn's ramp has a test of its own
         assert cu.adversarial_weight(epoch, preset.epochs, *ramp) == pytest.approx(alpha), epoch
         alpha += growth * (begin < epoch < end)
+
+
+def test_svhn_reaches_the_next_projects_end_in_one_step_less_and_stays_within_003_of_it():
+    """Their closed form: at the end of epoch e, 0.03 for each epoch from 62 to e, at most 125 of them."""
+    theirs = [0.0, *(0.03 * min(125, max(0, epoch - 62)) for epoch in range(249))]
+    preset = cu.PRESETS["svhn"].settings
+    ours = [cu.adversarial_weight(epoch, 250, preset.adversarial_start, preset.adversarial_end, 0.25, 0.75)
+            for epoch in range(250)]
+    assert theirs[-1] == ours[-1] == pytest.approx(3.75) and sum(alpha > 0 for alpha in ours) == 250 - 64
+    rises = [[b - a for a, b in zip(alphas, alphas[1:]) if b > a] for alphas in (theirs, ours)]
+    assert [len(steps) for steps in rises] == [125, 124] and max(rises[1]) == pytest.approx(0.0302, abs=5e-5)
+    assert max(abs(one - other) for one, other in zip(theirs, ours)) <= 0.03 + 1e-9
 
 
 def test_golden_4_the_ramp_and_short_runs():
@@ -84,16 +102,23 @@ def test_goldens_5_and_6_the_generators_terms_and_totals_with_the_presets_own_we
         near(cu.information_entropy_loss(T, temperature), -entropy)
     near(cu.kd_losses(S, T, 3), [1.306365, 1.776099, 0.857416])
     student, teacher = S.clone().requires_grad_(), T.clone().requires_grad_()
-    loss = cu.adversarial_loss(student, teacher)
+    loss = cu.adversarial_loss(student, teacher, student.argmax(1) == teacher.argmax(1))
     near(loss, -0.435455)                                      # they agree on the first image alone
     for gradient in torch.autograd.grad(loss, (student, teacher)):
         assert gradient[0].any() and not gradient[1:].any()
-    x, preset = torch.arange(96, dtype=D).reshape(2, 3, 4, 4) / 10, cu.PRESETS["cifar10-wrn40_2-wrn16_1"]
+    x, settings = torch.arange(96, dtype=D).reshape(2, 3, 4, 4) / 10, cu.CIFAR10_WIDE
     running = torch.tensor([1.0, 2, 3], dtype=D), torch.tensor([4.0, 5, 6], dtype=D)
     bn = cu.bn_loss([(x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))], [running])
-    entropy = cu.information_entropy_loss(T, preset.entropy_temperature)
-    easy = preset.oh * cu.one_hot_loss(T) + preset.bn * bn + preset.ie * entropy
-    near(bn, 7.037509), near(easy, -20.397735), near(easy + preset.adversarial_end * loss, -23.315282)
+    entropy = cu.information_entropy_loss(T, settings.entropy_temperature)
+    easy = settings.oh * cu.one_hot_loss(T) + settings.bn * bn + settings.ie * entropy
+    near(bn, 7.037509), near(easy, -20.397735), near(easy + settings.adversarial_end * loss, -23.315282)
+
+
+def test_at_temperature_20_the_entropy_is_near_its_largest_even_if_all_images_are_alike():
+    alike = torch.zeros(8, 10)
+    alike[:, 3] = 10                                           # the teacher is certain of class 3
+    assert cu.information_entropy_loss(alike, 20) < -0.99 * math.log(10)
+    assert cu.information_entropy_loss(alike, 1) > -0.01 * math.log(10)
 
 
 def test_parameter_counts_start_and_range_of_the_generator():
@@ -112,7 +137,7 @@ def test_parameter_counts_start_and_range_of_the_generator():
 
 @pytest.mark.parametrize("curriculum", ["hard", "soft", "log"])
 @pytest.mark.parametrize("age", [0.3, 1.0, 2.0, 7.0, 12.0])
-def test_v_is_the_minimum_of_v_times_loss_plus_f_over_a_fine_grid(curriculum, age):
+def test_v_minimises_v_times_difficulty_plus_f_over_a_fine_grid(curriculum, age):
     grid = torch.linspace(0, 1, 100_001, dtype=D)
     for loss in (0.0, 0.01, 0.5, 1.0, 1.9, 2.1, 5.0, 11.0, 30.0):
         objective = grid * loss + cu.curriculum_regularizer(grid, age, curriculum)
@@ -120,6 +145,30 @@ def test_v_is_the_minimum_of_v_times_loss_plus_f_over_a_fine_grid(curriculum, ag
         assert objective.isfinite().all() and abs(grid[objective.argmin()] - v) <= 1e-5
         assert v * loss + cu.curriculum_regularizer(v, age, curriculum) <= objective.min() + 1e-12
     assert cu.curriculum_regularizer(torch.tensor([1 + 1e-6]), age, curriculum).isfinite()     # by rounding
+
+
+@pytest.mark.parametrize("curriculum", ["soft", "log"])
+def test_a_constant_v_descends_the_whole_objective(curriculum):
+    """The derivative of min over v of v ℓ + f(v; λ) by ℓ is v, with all of v's own dependence on ℓ."""
+    losses = LOSSES.clone().requires_grad_()
+    v = cu.curriculum_weights(losses, 5.0, curriculum)
+    objective = (v * losses + cu.curriculum_regularizer(v, 5.0, curriculum)).sum()
+    near(torch.autograd.grad(objective, losses)[0], v)
+
+
+def test_the_default_weight_falls_over_the_same_width_at_every_age():
+    for age in (0.2, 2.0, 12.0):
+        below, at, above = cu.curriculum_weights(torch.tensor([age - 1, age, age + 1], dtype=D), age)
+        near(at, (1 + math.exp(-age)) / 2), near(below / above, math.e)
+
+
+def test_weights_are_computed_once_a_step_and_the_regularizer_never(monkeypatch):
+    calls, weigh = [], cu.curriculum_weights
+    monkeypatch.setattr(cu, "curriculum_weights", lambda *args: calls.append(args) or weigh(*args))
+    monkeypatch.delattr(cu, "curriculum_regularizer")
+    settings = tiny_settings(cu)
+    cu.distill(*tiny_networks(), settings)
+    assert len(calls) == settings.epochs * settings.student_steps
 
 
 @pytest.mark.parametrize("changes", [
@@ -184,7 +233,7 @@ def test_without_batchnorm_the_term_is_off_and_the_log_says_so(in_tmp):
 def test_what_the_script_refuses_and_distill_too(teacher_file, in_tmp, capsys):
     for flag, value, message in (
             ("--student-steps", "5", "a multiple of --round-steps"), ("--age-start", "0", "must be above 0"),
-            ("--ramp-begin", "0.8", "parts of the run"), ("--ramp-end", "1.5", "parts of the run"),
+            ("--ramp-begin", "0.8", "shares of the run"), ("--ramp-end", "1.5", "shares of the run"),
             ("--entropy-temperature", "0", "must be above 0"), ("--curriculum", "easy", "log, soft, hard"),
             ("--granularity", "image", "choose from sample, batch")):
         assert message in refused(cu, [*tiny_args(cu, teacher_file), flag, value], capsys)
@@ -195,10 +244,20 @@ def test_what_the_script_refuses_and_distill_too(teacher_file, in_tmp, capsys):
         cu.Generator(6, (3, 68, 68))
 
 
-def test_every_scripted_pair_finds_its_own_preset():
-    for name in cu.PRESETS:
-        cu.check(cu.PRESETS[name])
+def test_every_preset_is_sound_and_found_by_its_data_set_and_networks():
+    """The first one with these three, and every pair that the authors' scripts name has one of its own."""
+    for name, preset in cu.PRESETS.items():
+        cu.check(preset.settings)
+        argv = ["--dataset", preset.dataset, "--teacher", preset.teacher, "--student", preset.student]
+        found = common.parse("cudfkd", cu.__doc__, cu.Settings, cu.PRESETS, argv)[0].preset
+        assert cu.PRESETS[found][:3] == preset[:3]
         if name.count("-") == 2:
-            dataset, teacher, student = name.split("-")
-            argv = ["--dataset", dataset, "--teacher", teacher, "--student", student]
-            assert common.parse("cudfkd", cu.__doc__, cu.Settings, cu.PRESETS, argv)[0].preset == name
+            assert found == name == "-".join(preset[:3])
+
+
+def test_the_presets_for_a_cpu_hold_their_values_where_they_stand():
+    """The cases in which a value of the preset had to be looked for in another one."""
+    cpu, mnist, short = (cu.PRESETS[name].settings for name in ("cifar10-cpu", "mnist-cpu", "mnist"))
+    assert (cpu.adversarial_start, cpu.adversarial_end, cpu.age_start, cpu.age_end) == (0.5, 2.0, 0.5, 12.0)
+    assert (mnist.adversarial_start, mnist.adversarial_end, mnist.age_start, mnist.age_end) == (0, 5, 0.2, 2)
+    assert (cpu.entropy_temperature, mnist.entropy_temperature, short.entropy_temperature) == (1, 1, 20)

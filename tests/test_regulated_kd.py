@@ -1,5 +1,8 @@
-"""regulated_kd.py: golden numbers (1e-6, float64); both trainings, written anew with a masked loss."""
+"""regulated_kd.py: golden numbers (1e-6, float64); both trainings, written anew with a masked loss; what a
+run says and shows of the images that it used."""
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ import torch.nn.functional as F
 import common
 import regulated_kd as rk
 from conftest import tiny_args, tiny_settings
-from helpers import D, Log, assert_close, in_float64, kl, near, near6, refused, rows_of
+from helpers import (D, Log, assert_close, equal, in_float64, kl, near, near6, refused, rows_of,
+                     weights_of)
 
 Z = ((torch.arange(24) * 7) % 24).to(D).reshape(6, 4) / 4
 ZT = ((torch.arange(24) * 5) % 24).to(D).reshape(6, 4) / 3
@@ -59,6 +63,20 @@ def test_goldens_4_5_6_losses_of_each_image_reductions_and_gradients():
     near6(torch.autograd.grad(regulated, z)[0], [[0.0] * 4] * 2 + [
         [-0.203002, -0.180759, 0.382484, 0.001277], [0.076784, 0.093119, -0.297319, 0.127416],
         [0.145449, 0.197276, -0.139323, -0.203402], [0.221467, -0.054366, -0.075505, -0.091595]])
+
+
+def test_mean1_makes_the_mean_weight_1_and_not_the_mean_loss_the_same():
+    weights = rk.significance_weights(torch.tensor([0.0, 1, 2, 4, 8]), 9, "mean1")
+    near6(weights[weights > 0].mean(), 1)
+    losses = torch.tensor([0.1, 0.2, 0.4, 0.8])            # images that are needed often have large losses
+    assert rk.reduced_loss(losses, weights[1:]) > 1.4 * rk.reduced_loss(losses)
+
+
+def test_in_cckd_the_trust_in_the_teacher_is_taken_at_temperature_1_and_its_answer_at_tau():
+    for tau in (1.0, 1.5, 4.0):
+        trust = ZT.softmax(1)[range(6), Y][:, None]
+        target = trust * (ZT / tau).softmax(1) + (1 - trust) * torch.eye(4, dtype=D)[Y]
+        near6(rk.cckd_losses(Z, ZT, Y, tau), F.cross_entropy(Z / tau, target, reduction="none"))
 
 
 def toy(crop=0, student="lenet5_half"):
@@ -143,11 +161,32 @@ def test_distill_equals_one_pass_with_a_masked_loss(changes, in_float64):
     assert (log.rows[-1]["sample_uses"], log.rows[-1]["never_used"]) == (used.sum(), (used == 0).sum())
     thresholds = [1 - math.exp(-1.6 * n / 3) for n in range(3)] if regulated else [None] * 3
     assert [row["threshold"] for row in log.rows] == pytest.approx(thresholds)
+    if not (weighted or regulated):                        # all images are used alike: there is no picture
+        assert log.shown == [(None, None)] * 3
+    else:
+        pixels, labels = rk.needed_most(used if regulated else PART, train, 10)
+        assert torch.equal(log.shown[-1][0], pixels) and torch.equal(log.shown[-1][1], labels)
+
+
+def test_normalization_is_one_factor_that_adam_cancels_and_that_scales_the_steps_of_sgd(in_float64):
+    start = toy()[1]
+
+    def steps_of(optimizer, normalization):
+        student, _ = trained(PART, mode="significance", optimizer=optimizer, normalization=normalization,
+                             epochs=1, batch_size=64)          # one step
+        return torch.cat([(one - other).flatten() for one, other in zip(student.parameters(),
+                                                                         start.parameters())]).detach()
+    adam, sgd = ({name: steps_of(optimizer, name) for name in ("epochs", "max", "mean1")}
+                 for optimizer in ("adam", "sgd"))
+    for name, factor in (("max", 3 / 2), ("mean1", 2)):        # w is 1/3 and 2/3; 1/2 and 1; 2/3 and 4/3
+        near(sgd[name], factor * sgd["epochs"], 1e-12)
+        assert (adam[name] - adam["epochs"]).norm() < 0.01 * adam["epochs"].norm()
+    assert sgd["epochs"].norm() > 0
 
 
 def test_the_teachers_training_equals_one_pass_with_a_masked_loss_of_seed_0(in_float64):
     (teacher, _, data, train), other, settings, log = toy(1), toy()[0], settings_of(seed=5), Log()
-    counts, shares = rk.train_teacher(teacher, data, settings, log, train=train)
+    counts, shares = rk.train_regulated_teacher(teacher, data, settings, log, train=train)
 
     def losses_of(logits, images, y):
         return F.cross_entropy(logits, y, reduction="none")
@@ -155,7 +194,67 @@ def test_the_teachers_training_equals_one_pass_with_a_masked_loss_of_seed_0(in_f
         other, losses_of, True, data, train, settings, 0, torch.ones(60)))
     assert 0 < counts.sum() < 180 and log.rows[-1]["sample_uses"] == counts.sum()
     assert log.rows[-1]["never_used"] == (counts == 0).sum()
+    assert torch.equal(log.shown[-1][0], rk.needed_most(counts, train, 10)[0])
     assert_close(teacher, other), near([row["share"] for row in log.rows], shares)
+
+
+class Killed(Exception):
+    pass
+
+
+class Interrupted(Log):
+    """A run that keeps the state of the first epoch and dies; the next one goes on with it."""
+    def __init__(self, kept=None):
+        super().__init__()
+        self.kept = kept
+
+    def resume(self, **state):
+        self.state = state
+        if self.kept is None:
+            return 0
+        for name, value in state.items():
+            (value.copy_ if torch.is_tensor(value) else value.load_state_dict)(self.kept[name])
+        torch.set_rng_state(self.kept["rng"])
+        return 1
+
+    def log(self, *row):
+        super().log(*row)
+        if self.kept is None:
+            state = {name: value if torch.is_tensor(value) else value.state_dict()
+                     for name, value in self.state.items()}
+            self.kept = {**copy.deepcopy(state), "rng": torch.get_rng_state()}
+            raise Killed
+
+
+@pytest.mark.parametrize("mode", ["significance", "regulated", "hybrid", "kd"])
+def test_a_state_without_the_teachers_counts_is_enough_to_resume_exactly(mode):
+    settings, straight = settings_of(mode=mode), Log()
+    teacher, student, data, train = toy(1)
+    used, _ = rk.distill(teacher, student, data, settings, straight, train=train, counts=PART)
+    first, again = Interrupted(), toy(1)[1]
+    with pytest.raises(Killed):
+        rk.distill(teacher, toy(1)[1], data, settings, first, train=train, counts=PART)
+    second = Interrupted(first.kept)
+    rest, _ = rk.distill(teacher, again, data, settings, second, train=train, counts=PART)
+    assert "counts" not in second.state and first.rows + second.rows == straight.rows
+    assert torch.equal(used, rest) and equal(weights_of(student), weights_of(again))
+
+
+def test_the_images_needed_most_at_most_eight_of_a_class_and_no_random_number():
+    train, _ = common.load_dataset("digits", True)
+    before, used = torch.get_rng_state(), (torch.arange(1437) * 7 % 11).float()        # many ties, some 0
+    pixels, labels = rk.needed_most(used, train, 10)
+    assert torch.equal(before, torch.get_rng_state()) and torch.bincount(labels).tolist() == [8] * 10
+    assert 0 <= pixels.min() and pixels.max() == 1
+    expected = sorted(range(1437), key=lambda i: (-used[i], i))
+    for label in range(10):
+        first = [i for i in expected if train.labels[i] == label][:8]
+        assert torch.equal(pixels[labels == label], train.pixels[first] / 16)
+    few = torch.zeros(1437)
+    few[[5, 9]] = torch.tensor([1.0, 2.0])                     # one that was never needed is not shown
+    pixels, labels = rk.needed_most(few, train, 10)
+    assert torch.equal(pixels, train.pixels[[9, 5]] / 16) and torch.equal(labels, train.labels[[9, 5]])
+    assert rk.needed_most(None, train, 10) == rk.needed_most(few * 0, train, 10) == (None, None)
 
 
 def test_a_queue_makes_full_batches_and_with_everybody_in_it_is_plain_distillation(monkeypatch):
@@ -198,17 +297,23 @@ def test_with_batchnorm_no_step_takes_a_single_image(queue, chosen, expected, mo
 
 
 def test_the_script(teacher_file, in_tmp, capsys):
-    """The note on BatchNorm; which mode trains a self-regulated teacher, its file; whose accuracy counts."""
-    both = ["toy.regulated-queue.pt", "toy.regulated.pt"]
-    for out, flags, kept in (("hybrid", ["--mode", "hybrid"], both[1:]), ("queue", ["--queue"], both),
+    """The note on BatchNorm; which mode trains a self-regulated teacher, in which folder; whose accuracy
+    counts; the share of images that was used; a picture, but of modes that use all images alike."""
+    both = ["toy.regulated", "toy.regulated-queue"]
+    for out, flags, kept in (("hybrid", ["--mode", "hybrid"], both[:1]), ("queue", ["--queue"], both),
                              ("kd", ["--mode", "kd", "--plain-teacher"], both)):
         rk.main([*tiny_args(rk, teacher_file), *flags, "--out", out])
-        rows = rows_of(out)
-        self_regulated = "self-regulated teacher: test accuracy" in capsys.readouterr().out
+        rows, said = rows_of(out), capsys.readouterr().out
+        self_regulated = "self-regulated teacher: test accuracy" in said
         notes = [row["text"] for row in rows if row["event"] == "note" and "BatchNorm" in row["text"]]
         assert len(notes) == (out == "hybrid") and self_regulated == (out != "kd")
         assert sorted(path.name for path in teacher_file.parent.glob("*regulated*")) == kept
         assert (rows[-1]["teacher_acc"] != rows[0]["teacher_acc"]) == self_regulated
+        share = [row for row in rows if row["event"] == "epoch"][-1]["data_fraction"]
+        sentence = f"took steps on {100 * share:.1f} % of the image visits; plain distillation (--mode kd)"
+        assert (sentence in said) == ("took steps" in said) == (out != "kd")
+        assert Path(out, "samples.png").exists() == (out != "kd") and (share < 1) == (out != "kd")
+    assert (teacher_file.parent / "toy.regulated/samples.png").exists()
 
 
 def test_what_is_refused(teacher_file, capsys):
@@ -227,9 +332,13 @@ def test_what_is_refused(teacher_file, capsys):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    (["--dataset", "digits"], ("lenet5", "lenet5_half", "digits")), (
-        ["--teacher", "alexnet", "--student", "alexnet_half"],
-        ("alexnet", "alexnet_half", "cifar10-alexnet-alexnet_half"))], ids=["digits", "alexnet"])
+    (["--dataset", "digits"], ("lenet5", "lenet5_half", "digits")),
+    (["--preset", "mnist-cpu"], ("lenet5", "lenet5_half", "mnist-cpu")),
+    (["--dataset", "fashion_mnist"], ("lenet5", "lenet5_half", "fashion_mnist")),
+    (["--preset", "cifar10-cpu"], ("wrn16_2", "wrn16_1", "cifar10-cpu")),
+    ([], ("resnet34", "resnet18", "cifar10")),
+    (["--teacher", "alexnet", "--student", "alexnet_half"],
+     ("alexnet", "alexnet_half", "cifar10-alexnet-alexnet_half"))], ids=str)
 def test_networks_and_preset_of_a_data_set_and_of_a_pair(argv, expected, monkeypatch):
     def stop(options, *_, **more):
         raise KeyError(options.teacher, options.student, options.preset)
