@@ -1,6 +1,8 @@
 """surrogate_kd.py: golden numbers (1e-5), pictures, pool, attack, against a search image by image, script."""
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -45,10 +47,14 @@ def test_goldens_1_2_3_losses_measures_and_mixup():
     near(sk.one_hot_loss(S, T), F.cross_entropy(S, torch.tensor([2, 1])))      # T's first choices
     rows = sk.standardized(T)
     near(rows.mean(1), [0.0, 0.0]), near(rows.std(1), [1.0, 1.0]), near(sk.standardized(3 * T + 7), rows)
+    certain = sk.standardized(50 * torch.eye(10, dtype=D))     # the figures of note 9
+    near((certain / 20).softmax(1)[0, :2], [0.115, 0.098], 5e-4)
+    near((certain / 2).softmax(1)[0, 0], 0.35, 2e-3)
     counts = torch.tensor([[5, 3, 2, 0], [25] * 4, [97, 1, 1, 1], [100, 0, 0, 0]])
-    near6([sk.relative_entropy(row) for row in counts], [0.742738, 1, 0.120970, 0])
+    near6([sk.evenness(row) for row in counts], [0.742738, 1, 0.120970, 0])
     features = torch.tensor([[0.0, 2, 4], [1, 1, 1], [1, 1, 1], [1, 1, 1]])    # 2 and 0, mean over classes
     near(sk.feature_spread(features, torch.tensor([0, 1, 1, 1])), 1.0)
+    near(sk.feature_spread(features[:1].expand(9, -1), torch.zeros(9)), 2.0)   # of images that are all alike
     x = (torch.arange(8) / 10).reshape(2, 1, 2, 2)
     mixed = sk.mixup(x, torch.tensor([0.25, 0.5]), torch.tensor([1, 0]))
     near6(mixed.flatten(1), [[0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.4, 0.5]])
@@ -77,7 +83,7 @@ def test_goldens_4_and_5_the_trace_of_the_attack_and_a_step_deeper(monkeypatch):
             (before, [[.131373, .368627, .668627, .231373], [.292314, 1, .507686, .392314]],
              [.790419, .890771], [0, 2],
              [[.115686, .384314, .684314, .215686], [.308, .984314, .492, .408]], [.921674, .959848])):
-        further = sk.deeper(linear_teacher, found, torch.tensor(classes), 4 / 255, 16 / 255)
+        further = sk.deeper(linear_teacher, found, torch.tensor(classes), 4 / 255)
         for pixels, values, sureness in ((found, expected, confidence), (further, moved, surer)):
             p = linear_teacher(pixels).softmax(1)
             near6(pixels.flatten(1), values), near6(p.amax(1), sureness)
@@ -218,15 +224,46 @@ def test_the_report_tells_a_set_of_one_class_from_an_even_one():
     logits = teacher(common.normalize(noise / 255, data))
     predicted = logits.argmax(1)
     share = torch.bincount(predicted, minlength=10) / 300
-    near(found["relative_entropy"], -torch.xlogy(share, share).sum() / math.log(10))
-    near(found["relative_entropy_augmented"], found["relative_entropy"])       # nothing is augmented
+    near(found["evenness"], -torch.xlogy(share, share).sum() / math.log(10))
+    near(found["evenness_augmented"], found["evenness"])       # nothing is augmented
     near(found["confidence"], logits.softmax(1).amax(1).mean()), near(found["class_share"], share)
     for name, features in (("feature_spread", taken[0]),
                            ("feature_spread_unit", taken[0] / taken[0].norm(dim=1, keepdim=True))):
         spread = [features[predicted == k].std(1).mean() for k in predicted.unique()]
         near(found[name], sum(spread) / len(spread))
     alike = sk.inspect_surrogate(teacher, noise[:1].expand(50, -1, -1, -1), data, settings_of(**OFF))
-    assert alike["relative_entropy"] == 0 and max(alike["class_share"]) == 1 and json.dumps(found)
+    assert alike["evenness"] == 0 and max(alike["class_share"]) == 1 and json.dumps(found)
+
+
+class Pooled(nn.Module):
+    """A network without nn.Linear: its head is a 1x1 convolution and the mean over the map."""
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 10, 1))
+
+    def forward(self, images):
+        return self.layers(images).mean((2, 3))
+
+
+def pooled():
+    return made(Pooled)
+
+
+def test_a_teacher_without_a_linear_layer_teaches_and_has_no_feature_numbers(in_tmp, monkeypatch):
+    """Also where the last nn.Linear does not run, as in an auxiliary classifier."""
+    (other, _, data), noise = tiny_networks(), bytes_of(50, 1, 8, 8)
+    teacher, idle = pooled().eval(), pooled().eval()
+    idle.auxiliary = nn.Linear(6, 10)
+    for network in (teacher, idle):
+        found = sk.inspect_surrogate(network, noise, data, settings_of(**OFF))
+        assert found.keys() == sk.inspect_surrogate(other, noise, data, settings_of(**OFF)).keys()
+        assert found["feature_spread"] is found["feature_spread_unit"] is None and found["confidence"] > 0.1
+    monkeypatch.setitem(sys.modules, "pooled", types.SimpleNamespace(teacher=pooled))
+    argv = tiny_args(sk, "pooled:teacher", boundary_attack=True)
+    sk.main([*argv, "--out", "out"])
+    row, = (row for row in rows_of("out") if row["event"] == "surrogate")
+    assert row["feature_spread"] is None and "features" not in row["text"] and "confidence" in row["text"]
+    assert rows_of("out")[-1]["event"] == "end"
 
 
 # ----------------------------------------------------------------------------------------------------- attack
@@ -360,7 +397,7 @@ def test_a_service_that_gives_probabilities_alone_teaches_the_same(in_float64):
 
 
 def test_the_attack_takes_its_share_of_each_batch_and_replaces_the_one_before(monkeypatch):
-    """As it is, not augmented; also when it finds fewer, which are repeated, or none."""
+    """As it is, not augmented; also when it finds fewer, which come in several batches."""
     augment, sizes = sk.augment_surrogates, []
     found = iter([torch.full((20, 1, 8, 8), 1.0), torch.full((6, 1, 8, 8), 0.6)])
     monkeypatch.setattr(sk, "augment_surrogates", lambda x, *more: sizes.append(len(x)) or augment(x, *more))
@@ -370,10 +407,47 @@ def test_the_attack_takes_its_share_of_each_batch_and_replaces_the_one_before(mo
     for number, batch in enumerate(shown):
         near(batch[4:], torch.full((4, 1, 8, 8), 1.0 if number < 5 else 0.6))
     assert [row["attacked"] for row in log.rows] == [19, 6]
+    assert [text.partition(":")[0] for text in log.notes] == ["epoch 1"] and "found 6 images" in log.notes[0]
     sizes.clear()
-    monkeypatch.setattr(sk, "attacked_images", lambda teacher, pixels, *_: pixels[:1])
-    _, shown, _ = trained(**{**ATTACK, "attack_share": 1.0, "attacks": 1, "batch_size": 7})
+    monkeypatch.setattr(sk, "attacked_images", lambda teacher, pixels, *_: torch.cat(4 * [pixels]))
+    _, shown, log = trained(**{**ATTACK, "attack_share": 1.0, "attacks": 1, "batch_size": 7})
     assert sizes == [10] and all(len(batch) == 7 for batch in shown)           # once, and no clean one
+    assert not log.notes and [row["attacked"] for row in log.rows] == [40, 40]
+
+
+@pytest.mark.parametrize("share, size, number", [(0.5, 8, 3), (1.0, 7, 3), (0.25, 8, 2)])
+def test_no_batch_has_an_attacked_image_twice_however_few_were_found(share, size, number, monkeypatch):
+    """Three are found: each batch has as many of them as it has room for, and clean images besides."""
+    levels = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1, 1).expand(3, 1, 8, 8)
+    found = iter([levels, levels[:0]])
+    monkeypatch.setattr(sk, "attacked_images", lambda *_: next(found, levels[:0]))
+    _, shown, log = trained(pixels=bytes_of(40, 1, 8, 8), **OFF, **{
+        **ATTACK, "attack_share": share, "batch_size": size})
+    batches = len(shown) // 2
+    for at, batch in enumerate(shown):
+        attacked = [round(image.mean().item(), 4) for image in batch if image.std() < 1e-3]
+        assert len(batch) == size and len(attacked) == len({*attacked}) == (number if at < batches else 0)
+    assert {round(image.mean().item(), 1) for batch in shown for image in batch if image.std() < 1e-3} == {
+        0.2, 0.4, 0.6}
+    needed = math.ceil(share * 40)
+    assert log.notes == [f"epoch {epoch}: the attack found {count} images, where a pass over the pool needs "
+                         f"{needed}" for epoch, count in ((0, 3), (1, 0))]
+
+
+@pytest.mark.parametrize("n, size", [(20, 4), (19, 4), (7, 7), (5, 4), (9, 5), (151, 17)])
+def test_batches_without_repeats_are_the_plain_ones_until_one_of_those_has_a_repeat(n, size):
+    """So runs in which the attack finds enough keep their numbers."""
+    repeats = 0
+    for seed in range(10):
+        plain, distinct = (made(lambda: [next(batches) for _ in range(2 * n)], seed=seed) for batches in (
+            sk.full_batches(n, size, "cpu"), sk.full_batches(n, size, "cpu", distinct=True)))
+        same = next((at for at, batch in enumerate(plain) if len(batch.unique()) < size), len(plain))
+        assert all(torch.equal(*pair) for pair in zip(plain[:same], distinct[:same])) and same >= n // size
+        assert all(len(batch.unique()) == size for batch in distinct)
+        passes = torch.cat(distinct).view(-1, n)                               # each has every index once
+        assert torch.equal(passes.sort(1).values, torch.arange(n).expand(len(passes), -1))
+        repeats += same < len(plain)
+    assert (repeats == 0) == (n % size == 0)
 
 
 def test_the_attack_gets_each_picture_with_its_own_pseudo_label(monkeypatch):
@@ -384,7 +458,7 @@ def test_the_attack_gets_each_picture_with_its_own_pseudo_label(monkeypatch):
     for pixels, labels in seen:
         near(255 * pixels.mean((1, 2, 3)), 10.0 * labels, 1e-3)
         assert len(labels.unique()) > 1
-    assert ["no image crossed" in text for text in log.notes] == [True, True] and len(shown) == 10
+    assert ["found 0 images" in text for text in log.notes] == [True, True] and len(shown) == 10
     assert [row["attacked"] for row in log.rows] == [0, 0]
 
 
@@ -392,15 +466,15 @@ def test_the_attack_gets_each_picture_with_its_own_pseudo_label(monkeypatch):
 def test_inspect_only_says_what_the_teacher_sees_and_trains_nothing(teacher_file, in_tmp, capsys):
     sk.main([*tiny_args(sk, teacher_file), "--surrogate", "leaves", "--inspect-only", "--out", "out"])
     rows = {row["event"]: row for row in rows_of("out")}
-    assert list(rows) == ["start", "note", "pool", "surrogate", "end"]
+    assert list(rows) == ["start", "pool", "surrogate", "end"]
     assert "leaves, 40 pictures" in capsys.readouterr().out
-    assert {"relative_entropy_augmented", "relative_entropy_before", "class_share"} <= set(rows["surrogate"])
-    assert rows["pool"]["pictures"] == 40 == rows["end"]["teacher_queries"]
+    assert {"evenness", "evenness_augmented", "evenness_before", "class_share"} <= set(rows["surrogate"])
+    assert rows_of(rows["pool"]["path"])[1]["pictures"] == 40 == rows["end"]["teacher_queries"]
     assert {path.name for path in (in_tmp / "out").iterdir()} >= {"log.jsonl", "samples.png"}
     assert not (in_tmp / "out" / "student.pt").exists()
     sk.main([*tiny_args(sk, teacher_file), "--no-balance"])
     kept = {path.name for path in teacher_file.parent.iterdir()}
-    assert kept == {"toy.pt", "toy.leaves-seed0.pt", "toy.spectrum-unbalanced-seed0.pt"}
+    assert kept == {"toy.pt", "toy.leaves-seed0", "toy.spectrum-unbalanced-seed0"}
 
 
 def test_a_folder_of_ones_own_pictures(teacher_file, in_tmp, capsys):
@@ -410,7 +484,8 @@ def test_a_folder_of_ones_own_pictures(teacher_file, in_tmp, capsys):
         Image.fromarray(picture).save(in_tmp / "mine" / ("deeper" if number % 2 else ".") / f"{number}.png")
     argv = [*tiny_args(sk, teacher_file), "--surrogate", "folder:mine", "--no-balance"]
     sk.main([*argv, "--out", "out"])
-    assert [row["pictures"] for row in rows_of("out") if row["event"] == "pool"] == [30]
+    pool, = (row for row in rows_of("out") if row["event"] == "pool")
+    assert [row["pictures"] for row in rows_of(pool["path"]) if row["event"] == "round"] == [30]
     available, read, _ = sk.real_pictures("folder:mine")
     assert available == 30 and read(range(30), 16).shape == (30, 3, 16, 16)
     (in_tmp / "mine" / "8.png").rename(in_tmp / "mine" / "other.png")
@@ -449,6 +524,7 @@ def test_what_makes_no_sense_is_refused(teacher_file, capsys, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "MNIST", no_network)
     for flag, value, message in (
             ("--surrogate", "digits", "the teachers own data"), ("--surrogate", "x", "unknown surrogate x"),
+            ("--surrogate", "digits", "type regulated_kd.py --mode kd --plain-teacher\n"),
             ("--magnitude", "31", "0 to 30"), ("--invert", "2", "0 to 1"), ("--attack-share", "0", "above 0"),
             ("--attack-threshold", "2", "at most 1"), ("--surrogate", "mnist", "could not be downloaded")):
         assert message in refused(sk, [*tiny_args(sk, teacher_file), flag, value], capsys)
@@ -460,7 +536,10 @@ def test_what_makes_no_sense_is_refused(teacher_file, capsys, monkeypatch):
 @pytest.mark.parametrize("argv, preset, temperature", [
     ("--surrogate cifar100", "cifar10-real", 2), ("--surrogate leaves", "cifar10", 20), ("", "cifar10", 20),
     ("--surrogate folder:x", "cifar10-real", 2), ("--surrogate cifar100 --preset cifar10", "cifar10", 20),
-    ("--dataset mnist --surrogate fashion_mnist", "mnist-real", 4),
+    ("--dataset mnist --surrogate fashion_mnist", "mnist-real", 4), ("--dataset mnist", "mnist", 4),
+    ("--dataset mnist --teacher lenet5", "mnist-cpu", 10),
+    ("--teacher wrn16_2 --student wrn16_1", "cifar10-cpu", 20),
+    ("--teacher wrn16_2 --surrogate svhn", "cifar10-cpu-real", 10),
     ("--surrogate svhn --temperature 7", "cifar10-real", 7)])
 def test_real_surrogates_take_the_real_preset_unless_one_is_named(argv, preset, temperature, monkeypatch):
     def stop(options, settings, *_, **__):
@@ -469,13 +548,27 @@ def test_real_surrogates_take_the_real_preset_unless_one_is_named(argv, preset, 
     monkeypatch.setattr(sk, "real_pictures", lambda *_: (1, None, ""))
     with pytest.raises(KeyError) as stopped:
         sk.main(argv.split())
-    pair = ("lenet5_bn", "lenet5_half_bn") if preset == "mnist-real" else ("resnet34", "resnet18")
-    assert stopped.value.args == (preset, temperature, *pair)
+    assert stopped.value.args == (preset, temperature, sk.PRESETS[preset].teacher, sk.PRESETS[preset].student)
+
+
+def test_a_preset_fits_by_what_surrogate_names():
+    computed, real = (sk.PRESETS[name].settings for name in ("cifar10", "cifar10-real"))
+    for flags in ({}, {"epochs": 3}, *({"surrogate": name} for name in sk.GENERATORS)):
+        assert sk.fits(computed, flags) and not sk.fits(real, flags)
+    for name in ("cifar100", "svhn", "folder:leaves", "folder:"):
+        assert sk.fits(real, {"surrogate": name}) and not sk.fits(computed, {"surrogate": name})
 
 
 @pytest.mark.parametrize("name, preset", sk.PRESETS.items())
 def test_presets_say_what_they_are_for(name, preset):
-    sk.check(preset)
-    assert (preset.surrogate in common.DATASETS) == name.endswith("-real")
-    usual = 4 if not name.startswith("cifar") else 2 if name.endswith("-real") else 20
-    assert preset.temperature == (10 if name in ("cifar10-cpu-real", "mnist-cpu") else usual)
+    settings, real = preset.settings, name.endswith("-real")
+    sk.check(settings)
+    assert (settings.surrogate in common.DATASETS) == real and preset.dataset == name.partition("-")[0]
+    usual = 4 if not name.startswith("cifar") else 2 if real else 20
+    assert settings.temperature == (10 if name in ("cifar10-cpu-real", "mnist-cpu") else usual)
+    assert (settings.balance, settings.attack_target) == ((False, "random") if real else (True, "pseudo"))
+    pair = {"mnist": "lenet5_bn lenet5_half_bn", "fashion_mnist": "lenet5_bn lenet5_half_bn",
+            "digits": "wrn16_2 wrn16_1"}.get(preset.dataset, "resnet34 resnet18")
+    if "-cpu" in name:
+        pair = "lenet5 lenet5_half" if preset.dataset == "mnist" else "wrn16_2 wrn16_1"
+    assert f"{preset.teacher} {preset.student}" == pair
