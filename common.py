@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -124,21 +125,33 @@ def augment(pixels, data):
 
 # ------------------------------------------------------------------------------ A2. looking inside a network
 @contextlib.contextmanager
-def recorded_inputs(modules):
-    """`with recorded_inputs([layer]) as seen: model(images)`; then seen[layer] is the layer's latest input.
-
-    The input is converted to float32 and keeps its graph. This works on any nn.Module, and no hook is left
-    after the block.
-    """
+def _recorded(modules, what):
+    """Inside the block, every forward pass leaves what(input) of each module; no hook is left after it."""
     seen, handles = {}, []
     try:
         for module in modules:
             handles.append(module.register_forward_pre_hook(
-                lambda module, inputs: seen.__setitem__(module, inputs[0].float())))
+                lambda module, inputs: seen.__setitem__(module, what(inputs[0]))))
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def recorded_inputs(modules):
+    """`with recorded_inputs([layer]) as seen: model(images)`; then seen[layer] is the layer's latest input.
+
+    The input is converted to float32 and keeps its graph. This works on any nn.Module.
+    """
+    return _recorded(modules, torch.Tensor.float)
+
+
+def recorded_statistics(modules):
+    """`with recorded_statistics(layers) as seen: model(images)`; then seen[layer] = (mean, variance).
+
+    Both are (channels,), float32, of the layer's *input* over (N, H, W), and keep their graph.
+    """
+    return _recorded(modules, Moments.apply)
 
 
 class Moments(torch.autograd.Function):
@@ -164,24 +177,6 @@ class Moments(torch.autograd.Function):
         slope = (grad_variance * (2 * x.shape[1] / x.numel())).to(torch.promote_types(x.dtype, torch.float32))
         offset = grad_mean * (x.shape[1] / x.numel()) - slope * mean
         return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, offset, eps=1e-30)
-
-
-@contextlib.contextmanager
-def recorded_statistics(modules):
-    """`with recorded_statistics(layers) as seen: model(images)`; then seen[layer] = (mean, variance).
-
-    Both are (channels,), float32, of the layer's *input* over (N, H, W), and keep their graph. No hook is
-    left after the block.
-    """
-    seen, handles = {}, []
-    try:
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(
-                lambda module, inputs: seen.__setitem__(module, Moments.apply(inputs[0]))))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def probe(model, modules, data):
@@ -817,18 +812,30 @@ def recipe_of(arch, dataset, epochs=None, batch_size=None):
 
 
 def train_teacher(arch, dataset, path, options, recipe):
-    """Train `arch` on the real training set, always with seed 0, into `path`. Goes on after a kill."""
+    """Train `arch` on the real training set, always with seed 0, into `path`. Goes on after a kill.
+
+    If another process trains the same teacher, this one waits and uses that one's file.
+    """
     test, _ = load_dataset(dataset, False, options.data_dir, options.device)
     train, data = load_dataset(dataset, True, options.data_dir, options.device)
     epochs, size, lr = recipe["epochs"], recipe["batch_size"], recipe["lr"]
-    with seeded(0):
+    identity = dict(arch=arch, dataset=dataset, threads=options.threads, precision=options.precision,
+                    **recipe)
+    folder = path.with_suffix(".partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as lock, seeded(0):
+        _lock(folder, lock, wait=True)
+        if path.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        print(f"training teacher {arch} on {dataset}: {recipe} -> {path}", flush=True)
         model = place(build_model(arch, data.num_classes, data.image_shape), options)
         optimizer = (torch.optim.Adam(model.parameters(), lr) if recipe["optimizer"] == "adam" else
                      torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=recipe["weight_decay"]))
-        print(f"training teacher {arch} on {dataset}: {recipe} -> {path}", flush=True)
-        checkpoint = Checkpoint(path.with_suffix(".partial.pt"), dict(
-            arch=arch, dataset=dataset, threads=options.threads, precision=options.precision, **recipe))
-        for epoch in range(checkpoint.resume(model=model, optimizer=optimizer), epochs):
+        loop = Loop(folder, identity, dict(event="start", arguments=identity, versions=versions(),
+                                           device=device_name(options.device)))
+        loop.load()
+        for epoch in range(loop.resume(model=model, optimizer=optimizer), epochs):
             set_lr(optimizer, cosine(lr, epoch, epochs))
             means, order = Means(), one_pass(len(train.labels), size, options.device)
             model.train()
@@ -839,16 +846,11 @@ def train_teacher(arch, dataset, path, options, recipe):
                 loss.backward()
                 optimizer.step()
                 means.add(loss=loss)
-            loss = means.take()["loss"]
-            checkpoint.save(epoch)
-            if (epoch + 1) % max(1, epochs // 5) == 0:
-                print(f"teacher epoch {epoch + 1:4d}/{epochs}   loss {loss:.4f}   {checkpoint.seconds():.0f} "
-                      "s", flush=True)
-    if not path.exists():      # another process may have trained the same teacher meanwhile: never replace it
+            loop.log(epoch, means.take())
         save_classifier(path, model, arch, data, dataset, recipe=recipe, seed=0, precision=options.precision,
                         test_acc=accuracy(predict(model, test, data), test.labels),
-                        seconds=checkpoint.seconds(), device=device_name(options.device))
-    checkpoint.path.unlink(missing_ok=True)
+                        seconds=loop.seconds(), device=device_name(options.device))
+        shutil.rmtree(folder, ignore_errors=True)          # before a process that waits may go on
 
 
 def save_classifier(path, model, arch, data, dataset, **more):
@@ -1225,90 +1227,43 @@ def device_name(device):
 
 
 # --------------------------------------------------------------------- B5. runs, stages and what they leave
-class Checkpoint:
-    """The state of a long loop in one file, random streams included, as it was at the end of an epoch.
+class Loop:
+    """A long loop in a folder of its own: log.jsonl, samples.png, and checkpoint.pt while it goes on.
 
-    `identity`: a dict of all that the state depends on. A file with another one is refused by name.
+    The loop calls `resume` once and `log` at the end of each epoch (or round). The checkpoint holds the state
+    as it was then, random streams included, and the length of the log: a loop that goes on after a kill cuts
+    its log back to that length. `identity` is a dict of all that the state depends on; a checkpoint with
+    another one is refused by the name of the first difference. `first` is the log's first row.
     """
     counter = "epoch"
-    latest = None      # the one that was saved or resumed last, for messages
+    latest = None      # the loop that was saved or resumed last, for messages
 
-    def __init__(self, path, identity):
-        self.path, self.identity = Path(path), {"format": 3, **identity}
-        self.saved, self.next, self.began, self.before = None, 0, time.monotonic(), 0.0
+    def __init__(self, folder, identity, first=None, num_classes=0):
+        self.path, self.identity = Path(folder, "checkpoint.pt"), {"format": 3, **identity}
+        self.first, self.num_classes, self.rows, self.columns = first, num_classes, [], None
+        self.started, self.saved, self.next = False, None, 0
+        self.began, self.before = time.monotonic(), 0.0
+
+    folder = property(lambda self: self.path.parent)
+
+    def log_bytes(self):
+        log = self.folder / "log.jsonl"
+        return log.stat().st_size if log.exists() else 0
 
     def load(self):
-        """Read the file, if there is one, and refuse it now if it does not fit.   -> its content, or None"""
+        """Read the checkpoint, if there is one, and refuse it now if it does not fit."""
         if self.path.exists() and self.saved is None:
             saved = read_file(self.path, "checkpoint")
-            if not {"identity", "state", "epoch", "log_bytes", "seconds", "rng", "cuda_rng", "costs"} <= {*saved}:
+            if not {"identity", "state", "epoch", "log_bytes", "seconds", "rng", "cuda_rng",
+                    "costs"} <= {*saved}:
                 raise BadInput(f"{self.path} is not a checkpoint of this version of the program; start anew "
                                "elsewhere")
             require_same(saved["identity"], {**saved["identity"], **self.identity}, self.path,
                          "type the settings of then, or start anew elsewhere, or move it away")
             if saved["log_bytes"] > self.log_bytes():
-                raise BadInput(f"the log beside {self.path} is shorter than it was when that was saved; put it "
-                               "back, or start anew elsewhere")
+                raise BadInput(f"the log beside {self.path} is shorter than it was when that was saved; put "
+                               "it back, or start anew elsewhere")
             self.saved = saved
-        return self.saved
-
-    def resume(self, **state):
-        """Fill modules, optimizers and tensors in place with what was saved.   -> the first epoch to do"""
-        self.state, saved = state, self.load()
-        COSTS.clear()
-        Checkpoint.latest = self
-        if saved is None:
-            return 0
-        require_same(saved["identity"], self.identity, self.path, "put it back as it was, or start anew")
-        if set(saved["state"]) != set(state):
-            raise BadInput(f"{self.path} holds the state of another version of this program; start anew")
-        for name, value in state.items():
-            if torch.is_tensor(value):
-                value.copy_(saved["state"][name])
-            else:
-                value.load_state_dict(saved["state"][name])
-        torch.set_rng_state(saved["rng"])
-        if torch.cuda.is_initialized() and len(saved["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        COSTS.update(saved["costs"])
-        self.before, self.saved = saved["seconds"], None
-        self.began, self.next = time.monotonic(), saved["epoch"] + 1
-        return self.next
-
-    def save(self, epoch):
-        """Keep the state as it is at the end of `epoch`."""
-        state = {name: value if torch.is_tensor(value) else value.state_dict()
-                 for name, value in self.state.items()}
-        write(dict(identity=self.identity, state=state, epoch=epoch, log_bytes=self.log_bytes(),
-                   seconds=self.seconds(), rng=torch.get_rng_state(), costs=dict(COSTS),
-                   cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []), self.path)
-        Checkpoint.latest, self.next = self, epoch + 1
-
-    def log_bytes(self):
-        return 0
-
-    def seconds(self):
-        """Since the loop began, without the pauses in which it did not run."""
-        return self.before + time.monotonic() - self.began
-
-
-class Loop(Checkpoint):
-    """A long loop in a folder of its own: log.jsonl, samples.png, and checkpoint.pt while it goes on.
-
-    The loop calls `resume` once and `log` at the end of each epoch or round. A loop that is resumed cuts its
-    log back to the length that it had when the checkpoint was saved.
-    """
-    def __init__(self, folder, identity, num_classes):
-        super().__init__(Path(folder, "checkpoint.pt"), identity)
-        self.num_classes, self.rows, self.columns, self.started = num_classes, [], None, False
-
-    @property
-    def folder(self):
-        return self.path.parent
-
-    def log_bytes(self):
-        log = self.folder / "log.jsonl"
-        return log.stat().st_size if log.exists() else 0
 
     def begin(self):
         """Make the folder and start its log, or go on with the log that is there."""
@@ -1340,22 +1295,38 @@ class Loop(Checkpoint):
         self.write(dict(event=event, text=text, **more))
 
     def resume(self, **state):
-        """Fill the state from the checkpoint, if there is one.   -> the first epoch or round to do"""
+        """Fill modules, optimizers and tensors in place from the checkpoint, if there is one.
+
+        -> the first epoch or round to do
+        """
         if not self.started:
             self.begin()
-        if self.saved is None:
-            self.state, Checkpoint.latest = state, self
+        self.state, saved, Loop.latest = state, self.saved, self
+        if saved is None:
             return 0
-        length, log = self.saved["log_bytes"], self.folder / "log.jsonl"
-        start = super().resume(**state)
-        os.truncate(log, length)
+        require_same(saved["identity"], self.identity, self.path, "put it back as it was, or start anew")
+        if set(saved["state"]) != set(state):
+            raise BadInput(f"{self.path} holds the state of another version of this program; start anew")
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                value.copy_(saved["state"][name])
+            else:
+                value.load_state_dict(saved["state"][name])
+        torch.set_rng_state(saved["rng"])
+        if torch.cuda.is_initialized() and len(saved["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        COSTS.clear()
+        COSTS.update(saved["costs"])
+        self.before, self.began, self.saved = saved["seconds"], time.monotonic(), None
+        log, self.next = self.folder / "log.jsonl", saved["epoch"] + 1
+        os.truncate(log, saved["log_bytes"])
         self.rows[:] = [json.loads(line) for line in log.read_text().splitlines()]
         self.write({**self.first, "event": "resume"})
         for what in ("versions", "device"):
             if self.rows[0][what] != self.first[what]:
                 self.note(f"resumed with {what} {self.first[what]}, begun with {self.rows[0][what]}: the end "
                           "may differ by rounding")
-        return start
+        return self.next
 
     def log(self, number, means, pixels=None, labels=None):
         """An epoch or a round is over: write a row and a line, draw its images, keep the state.
@@ -1373,6 +1344,22 @@ class Loop(Checkpoint):
     def score(self, number, row):
         """A run adds its student's scores to the row."""
 
+    def save(self, number):
+        state = {name: value if torch.is_tensor(value) else value.state_dict()
+                 for name, value in self.state.items()}
+        write(dict(identity=self.identity, state=state, epoch=number, log_bytes=self.log_bytes(),
+                   seconds=self.seconds(), rng=torch.get_rng_state(), costs=dict(COSTS),
+                   cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []), self.path)
+        Loop.latest, self.next = self, number + 1
+
+    def seconds(self):
+        """Since the loop began, without the pauses in which it did not run."""
+        return self.before + time.monotonic() - self.began
+
+    def cost(self):
+        return dict(seconds=round(self.seconds(), 1), peak_memory_mb=peak_memory_mb(),
+                    teacher_queries=COSTS["teacher_queries"])
+
     def _print(self, row):
         """One aligned line; names when they change. Lists, counters and terms that are 0 are left out."""
         shown = {key.removeprefix("loss_"): value for key, value in row.items() if key != "teacher_queries"
@@ -1383,21 +1370,17 @@ class Loop(Checkpoint):
             print(" ".join(f"{key:>{max(8, len(key))}s}" for key in self.columns[1]))
         print(" ".join(f"{_shown(shown[key]):>{max(8, len(key))}s}" for key in self.columns[1]), flush=True)
 
-    def cost(self):
-        return dict(seconds=round(self.seconds(), 1), peak_memory_mb=peak_memory_mb(self.device),
-                    teacher_queries=COSTS["teacher_queries"])
-
 
 class Stage(Loop):
     """What is made once for all students of a teacher, as CSD's bank: a loop of rounds, and result.pt."""
     counter = "round"
 
     def __init__(self, folder, kind, made_with, run):
-        super().__init__(folder, {**made_with, "threads": run.options.threads}, run.data.num_classes)
-        self.made_with, self.run, self.device = made_with, run, run.options.device
-        self.first = dict(event="start", method=run.options.method, stage=kind,
-                          arguments={**made_with, "threads": run.options.threads}, versions=versions(),
-                          device=device_name(self.device))
+        arguments = {**made_with, "threads": run.options.threads}
+        first = dict(event="start", method=run.options.method, stage=kind, arguments=arguments,
+                     versions=versions(), device=device_name(run.options.device))
+        super().__init__(folder, arguments, first, run.data.num_classes)
+        self.made_with, self.run = made_with, run
 
     def make(self, make):
         """Keep what `make(self)` returns, with what it was made with and what it cost, in result.pt."""
@@ -1420,7 +1403,7 @@ class Run(Loop):
     """
     def __init__(self, options, settings, teacher, student, data, scored=True):
         self.options, self.settings, self.student, self.data = options, settings, student, data
-        self.device, self.test = options.device, None
+        self.test = None
         if scored and options.dataset not in ("none", "imagenet"):
             self.test, _ = load_dataset(options.dataset, False, options.data_dir, options.device)
         self.score_teacher(teacher)
@@ -1429,7 +1412,7 @@ class Run(Loop):
         same = ("method", "dataset", "student", "precision", "deterministic", "threads", "eval_every")
         super().__init__(options.out or "runs", dict(
             {key: getattr(options, key) for key in same}, teacher=digest(teacher.state_dict()),
-            **dataclasses.asdict(settings)), data.num_classes)
+            **dataclasses.asdict(settings)), num_classes=data.num_classes)
         if options.resume:
             self.load()
         COSTS.clear()
@@ -1590,10 +1573,10 @@ def _shown(value):
     return "-" if value is None else str(value)
 
 
-def peak_memory_mb(device):
+def peak_memory_mb():
     """Most memory held so far: on CUDA by PyTorch's tensors, else by the process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    if torch.cuda.is_initialized():
+        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
     try:
         import resource
     except ImportError:        # Windows
@@ -1684,7 +1667,7 @@ def command_line(main):
     """Decorates `main(argv=None)`. Bad input: one sentence, status 2. Ctrl-C: how to go on, status 130."""
     @functools.wraps(main)
     def wrapped(argv=None):
-        Checkpoint.latest = None
+        Loop.latest = None
         try:
             with _locks:
                 return main(argv)
@@ -1694,13 +1677,13 @@ def command_line(main):
         except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 error = "the GPU's memory is full; lower --batch-size, or another batch size of --help"
-            last = Checkpoint.latest
+            last = Loop.latest
             where = f" in {last.counter} {last.next}" if last else ""
             where += f"; its last checkpoint: {last.path}" if last and last.path.exists() else ""
             print(f"stopped: {error}{where}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
-            last = Checkpoint.latest
+            last = Loop.latest
             run = last.run if isinstance(last, Stage) else last
             folder = f" with --resume --out {run.folder}" if isinstance(run, Run) else ""
             print(f"stopped; to go on, type the same command again{folder}", file=sys.stderr)

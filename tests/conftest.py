@@ -36,7 +36,7 @@ TINY = {
     cudfkd: dict(epochs=2, batch_size=8, student_steps=4, round_steps=2, synthesis_batch_size=6,
                  images_per_pass=5, latent_dim=6, generator_width=4),
     plain_inversion: dict(epochs=2, batch_size=8, student_steps=3, synthesis_batch_size=10, synthesis_steps=2,
-                          latent_dim=6, bank_rounds=2, bank_synthesis_steps=2),
+                          latent_dim=6, bank_rounds=2, bank_synthesis_steps=2, visits=2),
     regulated_kd: dict(epochs=2, teacher_epochs=2, batch_size=160, teacher_batch_size=160,
                        scan_batch_size=160),
     surrogate_kd: dict(epochs=2, batch_size=8, pool_images=40, pool_budget=1, attacks=2, attack_iterations=4),

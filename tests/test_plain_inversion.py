@@ -11,8 +11,8 @@ from helpers import (Log, assert_close, bn_distances, bn_inputs, equal, in_float
                      odd_teacher, refused, rows_of, save_untrained, sure, weights_of)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(mixup=False, visits=1, seed=1), dict(keep_generator=False, seed=2)],
-                         ids=str)
+@pytest.mark.parametrize("changes", [{}, dict(mixup=False, visits=1, seed=1),
+                                     dict(keep_generator=False, seed=2)], ids=str)
 def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     """The same images in the bank, of both stages, and the same student."""
     settings = tiny_settings(plain_inversion, oh=1.2, synthesis_steps=5, bank_synthesis_steps=4,
@@ -21,7 +21,7 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     found = plain_inversion.distill(sure(teacher), student, data, settings, log)
     of_teacher = bn_inputs(teacher.eval())
 
-    def fresh():                                               # in the order in which its weights are drawn anew
+    def fresh():                                               # in the order in which weights are drawn anew
         return csd.reinitialize(csd.Generator(6, data.image_shape)).to(memory_format=torch.channels_last)
 
     def made(generator, steps):
@@ -84,7 +84,7 @@ def test_a_kept_generator_goes_on_but_for_its_first_layer(monkeypatch):
         generator = plain_inversion.Generator(6, data.image_shape)
         plain_inversion.synthesize(generator, teacher, data, settings, 3)
         before = weights_of(generator.layers)
-        plain_inversion.synthesize(generator, teacher, data, settings, 0)       # no step: only what is drawn anew
+        plain_inversion.synthesize(generator, teacher, data, settings, 0)       # no step: what is drawn anew
         after = weights_of(generator.layers)
         differ = {name for name in before if not torch.equal(before[name], after[name])}
         assert differ == changed if keep else {"0.weight", "3.weight", "9.weight"} <= differ
@@ -103,5 +103,6 @@ def test_a_teacher_without_batchnorm_is_taken_and_the_log_says_so(teacher_file, 
     argv = tiny_args(plain_inversion, save_untrained(in_tmp / "plain.pt", "lenet5"))
     plain_inversion.main([*argv, "--out", "out"])
     rows = rows_of("out")
-    assert rows[-2]["loss_bn"] == 0 and "the BatchNorm term is off" in " ".join(r.get("text", "") for r in rows)
+    said = " ".join(row.get("text", "") for row in rows)
+    assert rows[-2]["loss_bn"] == 0 and "the BatchNorm term is off" in said
     assert "10x10" in refused(plain_inversion, odd_teacher(in_tmp), capsys)

@@ -128,7 +128,7 @@ def test_a_teacher_is_trained_once_goes_on_after_a_kill_and_says_all_in_its_file
     for moment in ("after save 1", "before save 2", "after save 1"):
         with killed(moment):
             load()
-        assert os.listdir("checkpoints") == ["digits_wrn10_1.partial.pt"]
+        assert os.listdir("checkpoints") == ["digits_wrn10_1.partial"]
     load()
     assert equal(common.read_classifier(path)["weights"], content["weights"])
     assert os.listdir("checkpoints") == [path.name]
@@ -221,7 +221,8 @@ def test_what_a_method_needs_is_asked_before_a_teacher_is_trained(in_tmp, monkey
 # ------------------------------------------------------------------------------------------ flags and presets
 def parsed(method, text):
     more = dict(fits=surrogate_kd.fits) if method is surrogate_kd else {}
-    return common.parse(method.__name__, method.__doc__, method.Settings, method.PRESETS, text.split(), **more)
+    names = method.__name__, method.__doc__, method.Settings, method.PRESETS
+    return common.parse(*names, text.split(), **more)
 
 
 WIDE = "--teacher wrn40_2 --student "
@@ -393,17 +394,17 @@ def test_folders_are_numbered_and_never_used_twice(teacher_file, in_tmp, capsys,
 
 @pytest.mark.parametrize("moment", ["teacher", "bank", "epoch 0", "epoch 1"])
 def test_ctrl_c_says_how_to_go_on(moment, teacher_file, in_tmp, capsys, monkeypatch):
-    save = common.Checkpoint.save
+    save = common.Loop.save
 
     def interrupted(self, *args):
-        loops = {common.Checkpoint: "teacher", common.Stage: "bank", common.Run: f"epoch {args[0]}"}
+        loops = {common.Loop: "teacher", common.Stage: "bank", common.Run: f"epoch {args[0]}"}
         if moment == loops[type(self)]:
             signal.raise_signal(signal.SIGINT)
         save(self, *args)
     args = tiny_args(csd, "wrn10_1" if moment == "teacher" else teacher_file)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)      # background jobs ignore it
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(common.Checkpoint, "save", interrupted)
+        patch.setattr(common.Loop, "save", interrupted)
         csd.main(args)
     signal.signal(signal.SIGINT, before)
     said, _, more = capsys.readouterr().err.partition("type the same command again")

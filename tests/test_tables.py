@@ -1,5 +1,6 @@
-"""benchmarks/table.py: what shares a row of a table, and that the page shows what the logs say."""
+"""benchmarks/table.py: what shares a row of a table, and that the pages show what the logs say."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,12 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import table  # noqa: E402
 
-OLD = table.RESULTS / "c07d91b"
+# of a run, but no settings: nothing in the tables depends on them, or they have a column of their own
+OPTIONS = {"bank", "compile", "data_dir", "dataset", "deterministic", "device", "eval_every", "generator",
+           "inspect_only", "keep_epochs", "out", "pictures", "pool", "precision", "preset", "resume",
+           "significance", "student", "student_last_map", "synthesize_only", "teacher", "teacher_last_map",
+           "threads"}
+TEXTS = {name: (table.ROOT / "benchmarks" / name).read_text() for name in ("README.md", "DEPARTURES.md")}
 
 
 @pytest.fixture(scope="module")
@@ -16,27 +22,10 @@ def runs():
     return table.read()[0]
 
 
-def test_old_logs_are_grouped_as_the_old_code_grouped_them(runs):
-    """groups.json holds the groups that c07d91b's own table.py made, caught while it ran."""
-    frozen = json.loads((OLD / "groups.json").read_text())
-    found = table.grouped([run for run in runs if run[0]["made"] == OLD.name])
-    assert len(frozen) == 70 and sum(len(seeds) for *_, seeds, _ in frozen) == 196
-    assert sorted(frozen) == sorted([
-        group.method, group.preset, " ".join(flag for _, flag in group.changed), *group.networks.split(" → "),
-        [run[0]["arguments"]["seed"] for run in same], table.of_end(same)] for group, same in found.items())
-
-
-@pytest.mark.parametrize("page, flags", [(table.PAGE, []), (table.FRONT, ["--front"])])
-def test_the_pages_hold_word_for_word_what_the_script_prints(capsys, page, flags):
-    table.main(flags)
-    printed = capsys.readouterr().out
-    marker = " ".join([f"<!-- {'front' if flags else 'results'}: python benchmarks/table.py", *flags, "-->"])
-    assert f"{marker}\n{printed}\n<!-- end -->" in page.read_text()
-
-
+# --------------------------------------------------------------------------------------------------- the logs
 def test_committed_logs_are_whole():
     files = sorted(table.RESULTS.rglob("*.jsonl"))
-    assert 0 < len(files) <= 30
+    assert 0 < len(files) <= 30 and not [path for path in table.RESULTS.iterdir() if path.is_dir()]
     for path in files:
         inside = False                                         # a run that has not ended yet
         for row in map(json.loads, path.read_text().splitlines()):
@@ -47,42 +36,71 @@ def test_committed_logs_are_whole():
         assert not inside, path
 
 
-def test_an_old_run_that_changes_one_setting_leaves_its_row(runs):
+def test_every_argument_in_the_logs_is_a_setting_or_known_to_be_none(runs):
+    for run in runs:
+        arguments, method = run[0]["arguments"], run[0]["method"]
+        settings = table.presets_of(method)[arguments["preset"]]
+        assert {*arguments} <= {*settings, *OPTIONS, "seed"}, arguments["out"]
+        assert {*settings} - {*arguments} <= {*table.YOUNG, *table.GONE.get(method, {})}, arguments["out"]
+
+
+def test_the_older_logs_are_those_that_the_page_names(runs):
+    found = {}
+    for group, same in table.grouped(runs).items():
+        if group.older:
+            names = found.setdefault((group.method, group.preset), [0, 0])
+            names[0], names[1] = names[0] + 1, names[1] + len(same)
+    assert found == {("regulated_kd", "fashion_mnist"): [8, 24], ("regulated_kd", "mnist"): [12, 50],
+                     ("surrogate_kd", "mnist"): [23, 35], ("surrogate_kd", "mnist-real"): [3, 9],
+                     ("zskd", "digits"): [1, 5]}
+
+
+# --------------------------------------------------------------------------------------- what shares a row
+def test_a_run_that_changes_one_setting_leaves_its_row(runs):
     seen = set()
-    for start in (run[0] for run in runs if run[0]["made"] == OLD.name):
-        arguments = start["arguments"]
-        preset = table.OLD_PRESETS[OLD.name][start["method"]][arguments["preset"]]
-        others = dict.fromkeys(("dataset", "device", "precision", "teacher", "student"))
-        for name, usual in {**preset, **others}.items():
-            value = not arguments[name] if isinstance(usual, bool) else f"{arguments[name]}0"
-            value = arguments[name] + 1 if type(usual) in (int, float) else value
-            ablation = {**start, "arguments": {**arguments, name: value}}
-            assert table.group_of(ablation) != table.group_of(start), name
-            seen.add((start["method"], name))
+    for start in (run[0] for run in runs):
+        arguments, preset = start["arguments"], start["arguments"]["preset"]
+        others = dict.fromkeys(("device", "precision", "teacher", "student"))
+        for name, usual in {**table.presets_of(start["method"])[preset], **others}.items():
+            if (start["method"], preset, name) in seen or name == "seed":
+                continue
+            given = arguments.get(name, usual)
+            value = not given if isinstance(usual, bool) else f"{given}0"
+            value = given + 1 if type(usual) in (int, float) else value
+            changed = {**start, "arguments": {**arguments, name: value}}
+            assert table.group_of(changed) != table.group_of(start), name
+            seen.add((start["method"], preset, name))
         reseeded = {**start, "arguments": {**arguments, "seed": 99, "out": "elsewhere"}}
         assert table.group_of(reseeded) == table.group_of(start)
     assert len(seen) > 150
 
 
-def test_a_new_run_never_shares_a_row_with_an_old_one_or_with_an_ablation(monkeypatch):
-    numbers = table.presets_of("csd")["digits"]
+def start_of(given={}, method="csd", preset="digits", **more):
+    numbers = table.presets_of(method)[preset]
+    arguments = {"preset": preset, "teacher": "wrn16_2", "student": "wrn16_1", "seed": 0, "device": "cpu",
+                 "precision": "fp32", "out": "runs/a", **numbers, **given}
+    return dict(event="start", method=method, arguments=arguments, changed={}, device="AMD EPYC, 2 threads",
+                **more)
 
-    def group(made="", commit="abc1234", **given):
-        arguments = {"dataset": "digits", "preset": "digits", "teacher": "wrn16_2", "student": "wrn16_1",
-                     "seed": 0, "device": "cpu", "precision": "fp32", **numbers, **given}
-        start = dict(event="start", method="csd", arguments=arguments, commit=commit, made=made)
+
+def test_a_new_run_never_shares_a_row_with_an_older_one_or_with_an_ablation(monkeypatch):
+    def group(older=False, **given):
+        start = start_of(given)
+        if older:
+            del start["changed"]                               # logs of c07d91b have no such entry
         return table.group_of(start)
     default = group()
-    assert default == group(seed=1) == group(commit="") and not default.changed
+    assert default == group(seed=1) == group(out="elsewhere") and not default.changed
     others = {group(csd=0.0), group(csd=0.0, adversarial=1.0), group(raw_head=True), group(csd=1e-9),
               group(csd=2e-9), group(device="cuda"), group(precision="bf16"), group(dataset="mnist"),
-              group(student="wrn10_1"), group(made=OLD.name)}
+              group(student="wrn10_1"), group(older=True)}
     assert len(others) == 10 and default not in others
-    old, other = (row._replace(made=OLD.name) for row in (default, group(raw_head=True)))
+    old, other = group(older=True), group(older=True, raw_head=True)
     assert [*table.of_now(dict.fromkeys([default, old, other]))] == [default, other]
+    start, numbers = start_of(), table.presets_of("csd")["digits"]
     monkeypatch.setattr(table, "presets_of", lambda method: {"digits": {**numbers, "epochs": 99}})
-    assert group().flags() == f"`--epochs {numbers['epochs']}`"      # made before its preset became another
-    assert group(epochs=99).flags() == "-"
+    assert table.group_of(start).flags() == f"`--epochs {numbers['epochs']}`"  # its preset is another one now
+    assert table.of_earlier_preset(start)
 
 
 def test_a_race_takes_in_runs_beside_others_but_not_their_seconds(runs):
@@ -96,10 +114,112 @@ def test_a_race_takes_in_runs_beside_others_but_not_their_seconds(runs):
         return [{**start, "device": machine, "arguments": arguments}, *rows, {**end, "seconds": 1e6}]
 
     def rows(*more):
-        return table.race_tables(table.grouped([of_cpu, *more]), [])["Race on mnist"]
+        return table.race_tables(table.grouped([of_cpu, *more]), [])["race on mnist"]
     on_gpu = copy(7, "NVIDIA H200", device="cuda", precision="tf32")
     (alone,), (both,) = rows(), rows(on_gpu, copy(8, "AMD EPYC, 1 threads", threads=1))
     assert both["seeds"] == f"{alone['seeds']}, 7, 8"
     assert both["seconds of two cores"] == alone["seconds of two cores"]
     of_authors = [run for run in runs if "race-mnist/dafl-authors" in run[0]["arguments"]["out"]]
     assert len(rows(*of_authors, copy(7, "AMD EPYC, 2 threads", precision="bf16"))) == 3
+
+
+# ---------------------------------------------------------------------------------------- old names and forms
+def test_logs_keep_their_old_names_and_are_shown_under_the_new_ones(runs):
+    text = (table.RESULTS / "race-cifar10.jsonl").read_text()
+    assert '"preset": "cifar10-cpu-plain"' in text and "plain_inversion" not in text
+    plain = [run for run in runs if run[0]["method"] == "plain_inversion"]
+    rows = {table.race_row(run[0])[1] for run in plain if table.race_row(run[0])}
+    assert rows == {f"plain-inversion{more}" for more in ("", "-2h", "-bf16", "-2h-bf16")}
+    assert len(plain) == 12 + 4 and {run[0]["arguments"]["preset"] for run in plain} == {"cifar10-cpu"}
+    new = start_of(method="plain_inversion", preset="cifar10-cpu",
+                   given=dict(teacher=plain[0][0]["arguments"]["teacher"]))
+    assert not table.group_of(new).changed and table.group_of(new) in {
+        table.race_group(run[0]) for run in plain}             # a run of today shares the row
+    assert table.as_now(plain[0][0]) == plain[0][0]            # what is in today's names stays
+
+
+def test_a_flag_that_is_no_longer_there_is_shown_and_marked(runs):
+    kept = [run for run in runs if table.race_row(run[0]) == ("cifar10-readings", "csd-kept")]
+    assert len(kept) == 3 and {table.race_group(run[0]).flags() for run in kept} == {"`--keep-generator` ¹"}
+    csd = next(run for run in runs if table.race_row(run[0]) == ("cifar10", "csd"))
+    assert table.race_group(csd[0]).flags() == "-"             # older than the flag: it was off
+    trial = next(run for run in runs if run[0]["arguments"]["out"] == "runs/trials/plain-inversion-b64")
+    assert "--visits 1" in table.group_of(trial[0]).flags()    # older than the flag: its preset has 3 since
+
+
+def test_a_stage_counts_in_both_forms_and_its_own_log_is_no_run(tmp_path):
+    old = [{"event": "significance", "round": n, "seconds_training": 2.0} for n in range(3)]
+    new = [{"event": "significance", "path": "x", "sha256": "1", "seconds": 7.0, "teacher_queries": 9}]
+    for rows, total in ((old, "6"), (new, "7")):
+        assert table.seconds_of([rows], "training", "significance") == total
+    student = [start_of(), dict(event="bank", path="x", sha256="1", seconds=1.0, teacher_queries=2),
+               dict(event="end", student_acc_last=0.5)]
+    stage = [dict(event="start", method="csd", stage="bank", arguments=dict(bn=1.0)),
+             dict(event="round", round=0), dict(event="end", seconds=1.0)]
+    lines = "".join(json.dumps(row) + "\n" for row in [*stage, *student])
+    (tmp_path / "log.jsonl").write_text(lines)
+    (found,), measurements = table.read(tmp_path)
+    assert found == student and not measurements
+    pictures = dict(evenness=0.5, evenness_augmented=0.25, evenness_before=0.75)
+    cells = []
+    for before in ("", "relative_"):                           # the name until b9db535: relative_entropy
+        named = {name.replace("evenness", "relative_entropy") if before else name: value
+                 for name, value in pictures.items()}
+        run = [start_of(method="surrogate_kd"), dict(event="surrogate", **named),
+               dict(event="end", student_acc_last=0.5, teacher_acc=0.9, seconds=1.0)]
+        line, = table.surrogate_table(table.grouped([run]))
+        cells.append([line[name] for name in ("evenness of all pictures", "of those kept",
+                                              "as training shows them")])
+    assert cells == 2 * [["0.750", "0.500", "0.250"]]
+
+
+# ------------------------------------------------------------------------------------------------- the pages
+@pytest.mark.parametrize("page", ["PAGE", "FRONT"])
+def test_the_pages_hold_word_for_word_what_the_script_makes(capsys, page):
+    runs, measurements = table.read()
+    tables = table.all_tables(runs, measurements)
+    if page == "FRONT":
+        tables = {"front": table.table(table.front_table(runs))}
+    text = getattr(table, page).read_text()
+    assert [title for _, title, _ in table.MARKERS.findall(text)] and {*tables} == {
+        title for _, title, _ in table.MARKERS.findall(text)}
+    assert table.filled(text, tables) == text
+    table.main(["--front"] if page == "FRONT" else [])
+    printed = capsys.readouterr().out
+    assert all(each in printed for each in tables.values())
+
+
+def test_the_front_page_has_ten_rows_with_one_result_a_cell(runs):
+    rows, scores = [*table.front_table(runs)], []
+    assert [*rows[0]] == ["file", "paper", "what it needs from you", "student, %", "more steps"]
+    for file, _, _, score, longer in (row.values() for row in rows):
+        assert (table.ROOT / re.match(r"\[`(\w+[.]py)`\]\(\1\)", file)[1]).exists()
+        assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d", cell) for cell in (score, longer) if cell), file
+        scores.append(float(score.split()[0]))
+    assert len(rows) <= 10 and scores == sorted(scores, reverse=True)
+
+
+PUBLISHED = {"98.20", "98.91", "93.27", "95.34"}               # by papers and a toolbox, not by us
+OLDER = {"75.18"}                                              # of a run whose log is at commit b9db535
+
+
+@pytest.mark.parametrize("name", [*TEXTS])
+def test_the_figures_of_a_page_stand_in_the_logs(name, runs):
+    """Every mean with its deviation, and every accuracy with two digits after the point."""
+    tables, which = table.PAGE.read_text(), ("student_acc_last", "student_acc_best")
+    groups, merged = table.grouped(runs), {}
+    for same in groups.values():
+        merged.setdefault(table.race_group(same[0][0]), []).extend(same)
+    groups = [*groups.values(), *merged.values()]
+    spreads = {table.of_end(same, key, digits) for same in groups for key in which for digits in (1, 2)}
+    spreads |= {*re.findall(r"\d+\.\d\d ± \d+\.\d\d", tables)}
+    singles = {f"{100 * run[-1][key]:.2f}" for run in runs for key in which if run[-1].get(key) is not None}
+    singles |= {*re.findall(r"\d\d\.\d\d", tables)} | PUBLISHED | OLDER
+    singles |= {f"{100 * row['student_acc'][epoch]:.2f}" for row in table.read()[1]
+                if row["variant"] == "epochs" and (row["method"], row["dataset"]) == ("dafl", "mnist")
+                for epoch in row["chosen"].values()}
+    text = " ".join(re.sub("```.*?```", "", TEXTS[name], flags=re.S).split())
+    found = re.findall(r"\d+\.\d+ ± \d+\.\d+", text)
+    assert {*found} <= spreads and (len(found) > 30 or name != "README.md")
+    found = re.findall(r"(?<![\d.])\d\d\.\d\d(?![\d.])", re.sub(r"\d+\.\d+ ± \d+\.\d+", "", text))
+    assert found and {*found} <= singles
