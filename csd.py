@@ -36,9 +36,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (BadInput, Means, Preset, Run, UpsampledConv2d, augment, batches, batchnorms, command_line,
-                    cosine, dataset_spec, frozen, last_linear, load_networks, normalize, parse, place_like,
-                    probe, recorded_inputs, recorded_statistics, set_lr, steps, with_own_seed)
+from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, frozen,
+                    guarded, last_linear, normalize, place_like, probe, recorded_inputs, recorded_statistics,
+                    set_lr, steps, why_no_batchnorm)
+from running import Run, command_line, dataset_spec, load_networks, parse
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -165,7 +166,9 @@ def adversarial_loss(student_logits, teacher_logits):
 
     Logits (N, K) and (N, K) -> a scalar, at most 0.
     """
-    return -kd_loss(student_logits, teacher_logits, 1.0)
+    # from logarithms: the gradient passes through the teacher, too, and p ln p has none where p underflows
+    log_student, log_teacher = (F.log_softmax(logits, dim=1) for logits in (student_logits, teacher_logits))
+    return -F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 def auxiliary_loss(auxiliary_logits, labels):
@@ -335,7 +338,7 @@ def to_bytes(pixels):
     return (255 * pixels.clamp(0, 1)).to(torch.uint8)
 
 
-@with_own_seed
+@guarded
 def synthesize_bank(teacher, data, settings, run=None):
     """Stage 1: make the first batches from the teacher alone; every student of this teacher can use them.
 
@@ -356,7 +359,7 @@ def synthesize_bank(teacher, data, settings, run=None):
 
 
 # --------------------------------------------------------------------------------------------- the algorithm
-@with_own_seed
+@guarded
 def distill(teacher, student, data, settings, run=None, bank=None):
     """Train `student` in place on images that are made from `teacher`. No real image is used.
 
@@ -460,7 +463,7 @@ def main(argv=None):
     if settings.feature and (None, None) in maps:
         run.note("the feature term is off: name the last maps, --teacher-last-map, --student-last-map")
     if settings.bn and not batchnorms(teacher, data):
-        run.note("the BatchNorm term is off: the teacher has no BatchNorm")
+        run.note(f"the BatchNorm term is off: {why_no_batchnorm(teacher)}")
     distill(teacher, student, data, settings, run, bank)
     run.finish()
 

@@ -39,9 +39,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Preset, Run, UpsampledConv2d, batchnorms, command_line, cosine,
-                    dataset_spec, denormalize, frozen, load_networks, normalize, parse, place_like,
-                    recorded_statistics, set_lr, steps, timed, with_own_seed)
+from common import (BadInput, Means, Preset, UpsampledConv2d, batchnorms, cosine, denormalize, frozen,
+                    guarded, normalize, place_like, recorded_statistics, set_lr, steps, timed,
+                    why_no_batchnorm)
+from running import Run, command_line, dataset_spec, load_networks, parse
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -184,8 +185,10 @@ def adversarial_loss(student_logits, teacher_logits, agreed):
     which the student still has to learn how confident to be. Images on which the two name different classes
     add nothing, so the generator does not look for images that the student gets altogether wrong.
     """
-    log_student, teacher_p = F.log_softmax(student_logits / 3, dim=1), F.softmax(teacher_logits / 3, dim=1)
-    return -9 * (agreed * F.kl_div(log_student, teacher_p, reduction="none").sum(1)).mean()
+    log_student, log_teacher = (F.log_softmax(logits / 3, dim=1) for logits in (student_logits, teacher_logits))
+    # from logarithms: the gradient passes through the teacher, too, and p ln p has none where p underflows
+    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)                # (N,)
+    return -9 * (agreed * kl).mean()
 
 
 def adversarial_weight(epoch, epochs, start, end, ramp_begin, ramp_end):
@@ -369,7 +372,7 @@ def check(settings):
         raise BadInput("--age-start, --age-end and --entropy-temperature must be above 0")
 
 
-@with_own_seed
+@guarded
 def distill(teacher, student, data, settings, run=None):
     """Train `student` in place on images that a generator makes for `teacher`. No real image is used.
 
@@ -459,7 +462,7 @@ def main(argv=None):
     teacher, student = load_networks(options, settings, data)
     run = Run(options, settings, teacher, student, data)
     if settings.bn and not batchnorms(teacher, data):
-        run.note("the BN term is off: the teacher has no BatchNorm")
+        run.note(f"the BatchNorm term is off: {why_no_batchnorm(teacher)}")
     distill(teacher, student, data, settings, run)
     run.finish()
 

@@ -38,9 +38,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Preset, Run, UpsampledConv2d, build_optimizer, command_line, cosine,
-                    dataset_spec, denormalize, frozen, load_networks, parse, place_like, probe,
-                    recorded_inputs, set_lr, steps, with_own_seed)
+from common import (BadInput, Means, Preset, UpsampledConv2d, build_optimizer, cosine, denormalize, frozen,
+                    guarded, place_like, probe, recorded_inputs, row_major, set_lr, steps)
+from running import Run, command_line, dataset_spec, load_networks, parse
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -207,7 +207,7 @@ def learning_rate(lr, schedule, progress):
     return cosine(lr, progress, 1) if schedule == "cosine" else lr
 
 
-@with_own_seed
+@guarded
 def distill(teacher, student, data, settings, run=None):
     """Train `student` in place on images that a generator makes for `teacher`. No real image is used.
 
@@ -229,7 +229,7 @@ def distill(teacher, student, data, settings, run=None):
 
     def draw():
         z = torch.randn(settings.batch_size, settings.latent_dim, device=device)
-        images = generator(z).contiguous(memory_format=torch.channels_last)  # (N, L) -> (N, C, H, W)
+        images = row_major(generator(z))                                     # (N, L) -> (N, C, H, W)
         return images, teacher(images)                                       # (N, C, H, W), (N, K)
 
     for epoch in range(start, settings.epochs):

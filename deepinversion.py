@@ -31,8 +31,7 @@ Letters: T teacher, x the pixels of N images, each C x H x W, y the classes aske
 K classes; CE cross-entropy; KL Kullback-Leibler divergence; τ the temperature, which divides the logits.
 Sources: [paper] what others report of the paper (we did not have its text); [code] the authors' code,
 NVlabs/DeepInversion at 2413af1; [issues] their answers there; [DataFree] the re-implementation
-zju-vipa/DataFree at 9e79fa9; [ours] a reconstruction or a choice of this file.
-Where they disagree is listed at the end of the file: "note 3" is the third entry there.
+zju-vipa/DataFree at 9e79fa9; [ours] a choice of this file. "Note 3" is the third at the end of the file.
 """
 import math
 from dataclasses import dataclass, replace
@@ -40,9 +39,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Preset, Run, augment, batches, batchnorms, command_line, cosine,
-                    dataset_spec, denormalize, frozen, load_networks, normalize, parse, recorded_statistics,
-                    set_lr, steps, with_own_seed, write)
+from common import (BadInput, Means, Preset, augment, batches, batchnorms, cosine, denormalize, frozen,
+                    guarded, normalize, recorded_statistics, row_major, set_lr, steps, why_no_batchnorm)
+from running import Run, command_line, dataset_spec, load_networks, parse, write
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -254,7 +253,7 @@ def shrunk_and_shifted(x, shrink, jitter, mirror):
     images = torch.roll(images, (down, right), (2, 3))
     if mirror and random_int(2):
         images = images.flip(3)
-    return images.contiguous(memory_format=torch.channels_last)
+    return row_major(images)
 
 
 def synthesize(teacher, data, settings, student=None):
@@ -307,7 +306,7 @@ def synthesize(teacher, data, settings, student=None):
     return best_x if settings.keep_best else x.detach(), targets, means.take()
 
 
-@with_own_seed
+@guarded
 def synthesize_pool(teacher, data, settings, run=None):
     """Make the initial batches by DI, from the teacher alone. Every student of this teacher can use them.
 
@@ -333,12 +332,12 @@ def synthesize_pool(teacher, data, settings, run=None):
 def refuse_without_batchnorm(teacher, data):
     """Raises BadInput if the teacher has no BatchNorm layer, because then it remembers no statistics."""
     if not batchnorms(teacher, data):
-        raise BadInput(f"{type(teacher).__name__} has no BatchNorm, whose statistics deepinversion needs; "
-                       "dafl.py and rdskd.py fit such a teacher")
+        raise BadInput("deepinversion needs the statistics of BatchNorm layers, and there are none: "
+                       f"{why_no_batchnorm(teacher)}; rdskd.py and surrogate_kd.py need none")
 
 
 # --------------------------------------------------------------------------------------------- the algorithm
-@with_own_seed
+@guarded
 def distill(teacher, student, data, settings, run=None, pool=None):
     """Train `student` in place on images that are made from `teacher`. No real image is used.
 

@@ -38,9 +38,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Preset, Run, UpsampledConv2d, build_optimizer, command_line, cosine,
-                    dataset_spec, denormalize, frozen, load_networks, parse, place_like, set_lr, steps,
-                    with_own_seed)
+from common import (BadInput, Means, Preset, UpsampledConv2d, build_optimizer, cosine, denormalize, frozen,
+                    guarded, place_like, row_major, set_lr, steps)
+from running import Run, command_line, dataset_spec, load_networks, parse
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -208,7 +208,7 @@ def check(settings):
         raise BadInput(f"--synthesis-batch-size {settings.synthesis_batch_size} must be even")
 
 
-@with_own_seed
+@guarded
 def train_generator(teacher, data, settings, run=None):
     """Phase 1: train a generator for `teacher`, from which every student of this teacher can learn.
 
@@ -232,7 +232,7 @@ def train_generator(teacher, data, settings, run=None):
             for step in steps(settings.generator_steps, "synthesis"):
                 # -------- (1) Generator: min  e^(L_oh - r_oh) + e^(L_ie - r_ie) + ‖P2 - P1‖ / ‖x2 - x1‖
                 z = torch.randn(settings.synthesis_batch_size, settings.latent_dim, device=device)
-                images = generator(z).contiguous(memory_format=torch.channels_last)   # (N, L) -> (N, C, H, W)
+                images = row_major(generator(z))                              # (N, L) -> (N, C, H, W)
                 teacher_logits = teacher(images)                             # (N, K)
                 loss_oh = one_hot_loss(teacher_logits)
                 loss_ie = information_entropy_loss(teacher_logits)
@@ -270,7 +270,7 @@ def learning_rate(lr, schedule, progress):
     return cosine(lr, progress, 1) if schedule == "cosine" else lr
 
 
-@with_own_seed
+@guarded
 def distill(teacher, student, data, settings, run=None, generator=None):
     """Train `student` in place on images that a generator makes for `teacher`. No real image is used.
 
@@ -298,7 +298,7 @@ def distill(teacher, student, data, settings, run=None, generator=None):
                 # -------- (2) Student: min  τ² KL(teacher || student)  on new images of the fixed generator
                 z = torch.randn(settings.batch_size, settings.latent_dim, device=device)
                 with torch.no_grad():
-                    images = generator(z).contiguous(memory_format=torch.channels_last)     # (N, C, H, W)
+                    images = row_major(generator(z))                                  # (N, C, H, W)
                     teacher_logits = teacher(images)                         # (N, K)
                 loss_kd = kd_loss(student(images), teacher_logits, settings.temperature)
                 optimizer.zero_grad()

@@ -36,9 +36,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Preset, Run, augment, batchnorms, build_model, check_answers,
-                    command_line, cosine, dataset_spec, frozen, load_dataset, load_networks, normalize,
-                    one_pass, parse, place_like, seeded, set_lr, steps, with_own_seed)
+from common import (BadInput, Means, Preset, augment, batchnorms, build_model, check_answers, cosine, frozen,
+                    guarded, load_dataset, normalize, one_pass, place_like, seeded, set_lr, steps)
+from running import Run, command_line, dataset_spec, load_networks, parse
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -232,7 +232,7 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
     waiting, waiting_rows = torch.empty(0, *data.image_shape, device=device), rows[:0]   # the queue
 
     def learn(images, rows, visited=None):
-        losses = losses_of(model(images.contiguous(memory_format=torch.channels_last)), images, rows)  # (N',)
+        losses = losses_of(model(images), images, rows)                       # (N',)
         loss = reduced_loss(losses, None if weights is None else weights[rows], visited)
         optimizer.zero_grad()
         loss.backward()
@@ -305,7 +305,7 @@ def check(settings):
         raise BadInput("--confidence-temperature must be above 0")
 
 
-@with_own_seed
+@guarded
 def train_regulated_teacher(teacher, data, settings, run=None, *, train):
     """Train `teacher` in place on the images that it needs, and count how often it needs each.
 
@@ -339,7 +339,7 @@ def train_regulated_teacher(teacher, data, settings, run=None, *, train):
     return counts, uses / m
 
 
-@with_own_seed
+@guarded
 def distill(teacher, student, data, settings, run=None, *, train, counts=None):
     """Train `student` in place on the real images that it needs, or that its mode asks for.
 

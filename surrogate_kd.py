@@ -47,10 +47,11 @@ import torchvision
 from einops import rearrange
 from torchvision.transforms import InterpolationMode, v2
 
-from common import (DATASETS, BadInput, Means, Preset, Run, build_optimizer, command_line, cosine,
-                    crop_by_offsets, dataset_spec, frozen, is_file_name, load_dataset, load_networks,
-                    normalize, parse, read_classifier, recorded_inputs, revisited, save_samples, scoring,
-                    seeded, set_lr, steps, with_own_seed)
+from common import (DATASETS, BadInput, Means, Preset, build_optimizer, cosine, crop_by_offsets, fit_pixels,
+                    frozen, guarded, leaves_images, load_dataset, normalize, recorded_inputs, revisited,
+                    scoring, seeded, set_lr, steps, strokes)
+from running import (Run, command_line, dataset_spec, digest, is_file_name, load_networks, parse,
+                     read_classifier, read_file, save_samples)
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -65,7 +66,7 @@ class Settings:
     epochs: int = 400                   # passes over the pool
     batch_size: int = 256               # images in a student's step
     visits: int = 1                     # student steps on each batch that the teacher has answered (note 21)
-    surrogate: str = "shader"           # noise, leaves or another generator, a data set, or folder:PATH
+    surrogate: str = "shader"           # a generator such as leaves, a data set, folder:PATH, RUN/images.pt
     pool_images: int = 50_000           # pictures in the pool; --balance rounds up to equally many a class
     pool_budget: int = 5                # --balance looks at no more than this many times as many pictures
     balance: bool = True                # keep equally many pictures of each class that the teacher sees
@@ -356,7 +357,7 @@ def attack_pool(attacked, teacher, surrogate, pseudo_labels, data, settings):
 
 
 # ----------------------------------------------------------------- the pool: which pictures are worth keeping
-@with_own_seed
+@guarded
 def balanced_pool(teacher, data, settings, draw, available=None, run=None):
     """Keeps equally many pictures of each class that the teacher sees [notes].
 
@@ -508,7 +509,7 @@ def observe(means, answers, loss_kd, student_logits, teacher_logits):
               teacher_entropy=-torch.xlogy(p, p).sum(1).mean())
 
 
-@with_own_seed
+@guarded
 def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_labels):
     """Train `student` in place on pictures that are not the teacher's data. No label is used.
 
@@ -652,60 +653,6 @@ def spectrum_images(n, size, device="cpu"):
     return (image - low) / (high - low)
 
 
-def leaf_radius_cdf(smallest=0.03):
-    """How large leaves are: small ones are frequent, with density r^-3 - 1 for radius r [generators].
-
-    -> 200 radii from `smallest` to 1, where 1 is the side of the picture, and for each radius the part of the
-    leaves that is not larger, (200,)
-    """
-    radii = torch.linspace(smallest, 1, 200)
-    density = radii ** -3 - 1
-    return radii, density.cumsum(0) / density.sum()
-
-
-def leaves_images(n, size, device="cpu", leaves=200, smallest=0.1):
-    """Dead leaves: discs and polygons of one colour each that cover one another [generators].
-
-    A leaf is a disc, a square, a rotated square, a rectangle, a triangle or a quadrilateral. We lay
-    them from front to back, in all n pictures at once, so each leaf gets the pixels that are still empty.
-    Pixels that are empty after the last leaf get that leaf's colour.
-    """
-    uniform = partial(torch.rand, device=device)
-    radii, cdf = (values.to(device) for values in leaf_radius_cdf(smallest))
-    radius = radii[torch.searchsorted(cdf, uniform(leaves, n)).clamp(max=199)]            # (leaves, n)
-    centre_x, centre_y, colour = uniform(leaves, n), uniform(leaves, n), uniform(leaves, n, 3)
-    # The corners of a polygon lie on a circle, counter-clockwise. Each polygon has four angles; a triangle
-    # has its third one twice.
-    quarter = math.pi / 2 * torch.arange(4, device=device)
-    tilt, free = math.pi / 2 * uniform(leaves, n, 1), uniform(leaves, n, 4)
-    square = (quarter + math.pi / 4).expand(leaves, n, 4)
-    rectangle = torch.cat([tilt, math.pi - tilt, math.pi + tilt, 2 * math.pi - tilt], 2)  # (leaves, n, 4)
-    triangle = 2 * math.pi * free[..., [0, 1, 2]].sort(2).values[..., [0, 1, 2, 2]]
-    turned, quadrilateral = square + 2 * math.pi * uniform(leaves, n, 1), 2 * math.pi * free.sort(2).values
-    kinds = torch.stack([square, turned, rectangle, triangle, quadrilateral])
-    kind = torch.randint(6, (leaves, n), device=device)                                # 5 is a disc
-    angle = kinds.gather(0, kind.clamp(max=4)[None, :, :, None].expand(1, -1, -1, 4))[0]  # (leaves, n, 4)
-    x = centre_x[..., None] + radius[..., None] * angle.cos()
-    y = centre_y[..., None] + radius[..., None] * angle.sin()
-    edge_x, edge_y = x.roll(-1, 2) - x, y.roll(-1, 2) - y
-    place = (torch.arange(size, device=device) + 0.5) / size                       # (s,), the pixels' centres
-    first = torch.full((n, size, size), leaves, dtype=torch.long, device=device)       # the leaf that is seen
-    for leaf in range(leaves):
-        # a pixel p is inside if it is left of every edge: edge × (p - corner) >= 0. The product is a number
-        # for the column plus a number for the row
-        by_column = -edge_y[leaf][..., None] * (place - x[leaf][..., None])               # (n, 4, s)
-        by_row = edge_x[leaf][..., None] * (place - y[leaf][..., None])                   # (n, 4, s)
-        polygon = (by_column[:, :, None, :] + by_row[:, :, :, None]).amin(1) >= 0         # (n, s, s)
-        across, down = (place - centre_x[leaf][:, None]) ** 2, (place - centre_y[leaf][:, None]) ** 2
-        disc = across[:, None, :] + down[:, :, None] <= (radius[leaf] ** 2)[:, None, None]    # (n, s, s)
-        inside = torch.where((kind[leaf] == 5)[:, None, None], disc, polygon)
-        first[inside & (first == leaves)] = leaf
-        if leaf % 20 == 19 and not (first == leaves).any():
-            break
-    seen = first.clamp(max=leaves - 1).flatten(1)[..., None].expand(-1, -1, 3)            # (n, s·s, 3)
-    return colour.transpose(0, 1).gather(1, seen).transpose(1, 2).unflatten(2, (size, size))
-
-
 def ifs_points(maps, choices):
     """The chaos game: points start at the origin and jump by randomly chosen affine maps [generators].
 
@@ -838,24 +785,6 @@ def random_generator_images(n, size, device="cpu", widths=(64, 48, 32, 24)):
     return (mean[..., None, None] + std[..., None, None] * rgb).clamp(0, 1)
 
 
-def strokes(pixels):
-    """Bright marks on black, for teachers of grey digits and clothes [ours].
-
-    Each picture is turned to grey with random weights of its channels, and half of the pictures are inverted.
-    Then a soft threshold leaves 5 to 50 % of a picture bright.
-    (n, C, H, W) -> (n, 1, H, W), both in [0, 1]
-    """
-    uniform = partial(torch.rand, device=pixels.device)
-    n, weights = len(pixels), uniform(len(pixels), pixels.shape[1], 1, 1)
-    grey = (pixels * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)         # (n, 1, H, W)
-    grey = torch.where(uniform(n, 1, 1, 1) < 0.5, 1 - grey, grey)                  # half of the pictures
-    ordered = grey.flatten(1).sort(1).values
-    level = ordered.gather(1, ((0.5 + 0.45 * uniform(n, 1)) * ordered.shape[1]).long())   # (n, 1)
-    steepness = 2 ** (1 + 3 * uniform(n, 1, 1, 1))
-    deviation = grey.std((1, 2, 3), keepdim=True).clamp(min=1e-6)
-    return torch.sigmoid(steepness * (grey - level[..., None, None]) / deviation)
-
-
 GENERATORS = {"noise": noise_images, "spectrum": spectrum_images, "leaves": leaves_images,
               "fractal": fractal_images, "shader": shader_images, "random-generator": random_generator_images}
 
@@ -906,19 +835,6 @@ def real_pictures(name, data_dir="data"):
     return len(names), read, hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def fit_pixels(pixels, data):
-    """Pixels of any shape in the shape of the teacher's data: grey if that is grey, and resized.
-
-    (N, C', H', W') -> (N, C, H, W), in [0, 1]
-    """
-    channels, *size = data.image_shape
-    if pixels.shape[1] != channels:
-        pixels = pixels.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    if list(pixels.shape[2:]) != size:
-        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return pixels.clamp(0, 1)
-
-
 def same_data(name, other):
     """Whether two names of data sets name the same images, at any size.
 
@@ -931,6 +847,16 @@ def same_data(name, other):
     return re.sub("28$|-val$", "", name) == re.sub("28$|-val$", "", other)
 
 
+def made_pictures(path):
+    """The same as `real_pictures`, for the images that deepinversion.py --synthesize-only has left."""
+    if not Path(path).is_file():
+        raise BadInput(f"there is no file {path}; make one with deepinversion.py --synthesize-only 1000")
+    pixels = read_file(path, "file of images").get("pixels")
+    if not torch.is_tensor(pixels) or pixels.dtype != torch.uint8 or pixels.dim() != 4 or not len(pixels):
+        raise BadInput(f"{path} holds no images of deepinversion.py --synthesize-only")
+    return len(pixels), lambda rows, size: pixels[rows] / 255, digest(pixels)
+
+
 def find_pictures(name, options):
     """What `real_pictures` returns for --surrogate `name`, or (None, None, "") for a generator.
 
@@ -938,9 +864,11 @@ def find_pictures(name, options):
     """
     if name in GENERATORS:
         return None, None, ""
+    if name.endswith("images.pt"):
+        return made_pictures(name)
     if name not in DATASETS and not name.startswith("folder:"):
         raise BadInput(f"unknown surrogate '{name}'; choose from {', '.join(GENERATORS)}, a data set's "
-                       "name, or folder:PATH")
+                       "name, folder:PATH, or the images.pt of a run of deepinversion.py")
     own = read_classifier(options.teacher)["dataset"] if is_file_name(options.teacher) else options.dataset
     if same_data(name, own):
         raise BadInput(f"{name} is the teacher's own data; name another --surrogate, or type regulated_kd.py "

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import common  # noqa: E402
+import running  # noqa: E402
 import csd  # noqa: E402
 import cudfkd  # noqa: E402
 import dafl  # noqa: E402
@@ -95,7 +96,7 @@ def teacher_file(in_tmp):
     """An untrained teacher for digits in a file: good enough for everything but learning."""
     teacher, _, data = tiny_networks()
     path = in_tmp / "checkpoints" / "toy.pt"
-    common.save_classifier(path, teacher, "wrn10_1", data, "digits")
+    running.save_classifier(path, teacher, "wrn10_1", data, "digits")
     return path
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 import common
+import running
 
 D = torch.float64
 
@@ -104,7 +105,7 @@ def save_untrained(path, arch, data=common.DATASETS["digits"], dataset="digits")
     """A teacher's file for main()."""
     with common.seeded(0):
         model = common.build_model(arch, data.num_classes, data.image_shape)
-    common.save_classifier(path, model, arch, data, dataset)
+    running.save_classifier(path, model, arch, data, dataset)
     return str(path)
 
 

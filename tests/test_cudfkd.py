@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 import common
+import running
 import cudfkd as cu
 from conftest import tiny_args, tiny_networks, tiny_settings
 from helpers import (D, Log, assert_close, bn_distances, bn_inputs, in_float64, kl, near, near6, odd_teacher,
@@ -226,7 +227,7 @@ def test_two_switches_not_one_and_while_alpha_is_0_the_student_is_not_asked():
 
 def test_without_batchnorm_the_term_is_off_and_the_log_says_so(in_tmp):
     cu.main([*tiny_args(cu, save_untrained(in_tmp / "plain.pt", "lenet5")), "--out", "out"])
-    assert sum("the BN term is off" in row.get("text", "") for row in rows_of("out")) == 1
+    assert sum("the BatchNorm term is off" in row.get("text", "") for row in rows_of("out")) == 1
     assert rows_of("out")[-2]["loss_bn"] == 0
 
 
@@ -249,7 +250,7 @@ def test_every_preset_is_sound_and_found_by_its_data_set_and_networks():
     for name, preset in cu.PRESETS.items():
         cu.check(preset.settings)
         argv = ["--dataset", preset.dataset, "--teacher", preset.teacher, "--student", preset.student]
-        found = common.parse("cudfkd", cu.__doc__, cu.Settings, cu.PRESETS, argv)[0].preset
+        found = running.parse("cudfkd", cu.__doc__, cu.Settings, cu.PRESETS, argv)[0].preset
         assert cu.PRESETS[found][:3] == preset[:3]
         if name.count("-") == 2:
             assert found == name == "-".join(preset[:3])

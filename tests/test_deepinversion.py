@@ -166,7 +166,7 @@ def test_a_pool_may_begin_empty_or_stay_as_it_is_and_a_prior_makes_its_own_term_
 
 def test_what_cannot_be_done_is_refused(teacher_file, in_tmp, capsys):
     _, student, data = tiny_networks()
-    with pytest.raises(common.BadInput, match="no BatchNorm.*dafl.py and rdskd.py"):
+    with pytest.raises(common.BadInput, match="no BatchNorm; rdskd.py and surrogate_kd.py need none"):
         di.distill(Foreign(nn.Identity), student, data, tiny_settings(di))
     with pytest.raises(common.BadInput, match="no image to learn from"):
         di.distill(Foreign(), student, data, tiny_settings(di, initial_batches=0, pool_batches=0))

@@ -6,7 +6,6 @@ import math
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import textwrap
 
@@ -16,13 +15,14 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import common
+import running
 import zskd
 from conftest import DATA_FREE, METHODS, ROOT, dafl, rdskd
 from test_methods import each
 
 README, BENCHMARKS, TABLES = ((ROOT / name).read_text() for name in
                               ("README.md", "benchmarks/README.md", "benchmarks/TABLES.md"))
-FILES = ["common", *(method.__name__ for method in METHODS)]
+FILES = ["common", "running", *(method.__name__ for method in METHODS)]
 
 
 def tree_of(name):
@@ -42,10 +42,22 @@ def defined(name):
 
 
 # ------------------------------------------------------------------------------------------- files, imports
-def test_a_method_imports_common_alone():
+def test_a_method_imports_common_and_its_main_running():
+    """An algorithm needs common.py alone; running.py is there for main()."""
     assert {path.stem for path in ROOT.glob("*.py")} == {*FILES}
     for name in FILES:
-        assert {*imported(name)} & {*FILES} == ({"common"} if name != "common" else set()), name
+        allowed = {"common": {"running"}, "running": {"common"}}.get(name, {"common", "running"})
+        assert {*imported(name)} & {*FILES} == allowed, name
+    assert "running" not in {node.module for node in tree_of("common").body if isinstance(node, ast.ImportFrom)}
+    for method in METHODS:                                     # what distill and its helpers take from running.py
+        tree = tree_of(method.__name__)
+        of_main = {"main", "find_pictures", "made_pictures", "self_regulated", "drawer", "save_images"}
+        taken = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
+                 and node.module == "running" for alias in node.names} - {"command_line"}
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in of_main:
+                used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+                assert not used & taken, (method.__name__, node.name, used & taken)
 
 
 def source(name):
@@ -110,8 +122,9 @@ def test_a_preset_is_found_without_following_more_than_one_replace(method):
             assert ":" in network or common.check_model_name(network)
 
 
-def test_common_computes_no_distillation_loss():
-    calls = [node.func for node in ast.walk(tree_of("common")) if isinstance(node, ast.Call)]
+def test_common_and_running_compute_no_distillation_loss():
+    trees = (tree_of(name) for name in ("common", "running"))
+    calls = [node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls = [call.attr for call in calls if isinstance(call, ast.Attribute)]
     assert not {"kl_div", "mse_loss", "log_softmax"} & {*calls}
     assert calls.count("backward") == 1                        # of a teacher's cross-entropy
@@ -129,7 +142,7 @@ def test_lines_are_at_most_110_columns_wide_and_those_of_prose_100():
 def test_requirements_have_lower_bounds_and_reasons_and_cover_what_is_imported():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+\s+# .+", line) for line in lines)
-    known = {line.partition(">")[0] for line in lines} | {"sklearn", "PIL", "numpy", "common"}
+    known = {line.partition(">")[0] for line in lines} | {"sklearn", "PIL", "numpy", "common", "running"}
     assert {m.partition(".")[0] for n in FILES for m in imported(n)} <= known | sys.stdlib_module_names
 
 
@@ -240,17 +253,20 @@ def test_every_command_of_the_pages_parses(command, in_tmp, monkeypatch, capsys)
     def stop(*args, **more):
         raise common.BadInput("parsed")
     module = importlib.import_module(script.removesuffix(".py"))
+    cifar10 = common.DATASETS["cifar10"]
     for name in ("set_up_device", "_check_folder"):
-        monkeypatch.setattr(common, name, lambda options: None)
-    for place in (common, module):
-        monkeypatch.setattr(place, "read_classifier", lambda path: {"dataset": "cifar10", "arch": "resnet34"},
-                            raising=False)
-    monkeypatch.setattr(module, "dataset_spec", lambda options: common.DATASETS.get(options.dataset))
+        monkeypatch.setattr(running, name, lambda *args: None)
+    for place in (running, module):
+        file = {"dataset": "cifar10", "arch": "resnet34", "data": cifar10._asdict()}
+        monkeypatch.setattr(place, "read_classifier", lambda path: file, raising=False)
+    monkeypatch.setattr(running, "from_function", lambda name: (None, cifar10))          # mine:teacher
+    monkeypatch.setattr(module, "dataset_spec", lambda options: common.DATASETS.get(options.dataset, cifar10),
+                        raising=False)
     monkeypatch.setattr(module, "real_pictures", lambda *args: (1, None, ""), raising=False)
     for name in ("train_teacher", "inspect_network") if module is common else ("load_networks",):
-        monkeypatch.setattr(module, name, stop)
+        monkeypatch.setattr(running if module is common else module, name, stop)
     with pytest.raises(SystemExit):
-        module.main(argv)
+        (running if module is common else module).main(argv)
     assert capsys.readouterr().err == "error: parsed\n"
 
 

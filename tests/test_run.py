@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import common
+import running
 from common import BadInput
 from conftest import (METHODS, THREADS, csd, cudfkd, dafl, deepinversion, plain_inversion, regulated_kd,
                       surrogate_kd, tiny_args)
@@ -30,10 +31,10 @@ DIGITS = common.DATASETS["digits"]
 def test_a_failed_write_leaves_the_old_file_and_no_other(place, name, tmp_path, monkeypatch):
     def disk_full(*args):
         raise OSError("disk full")
-    common.write({"a": 1}, tmp_path / "file.pt")
+    running.write({"a": 1}, tmp_path / "file.pt")
     monkeypatch.setattr(place, name, disk_full)
     with pytest.raises(OSError):
-        common.write({"a": 2}, tmp_path / "file.pt", torch.save)
+        running.write({"a": 2}, tmp_path / "file.pt", torch.save)
     assert torch.load(tmp_path / "file.pt") == {"a": 1} and os.listdir(tmp_path) == ["file.pt"]
 
 
@@ -75,7 +76,7 @@ def test_two_processes_in_one_folder_and_two_that_train_the_same_teacher(in_tmp,
     for process in (one, two):
         process.join()
         assert process.exitcode == 0
-    assert equal(*(common.read_classifier(f"{folder}/student.pt")["weights"] for folder in "12"))
+    assert equal(*(running.read_classifier(f"{folder}/student.pt")["weights"] for folder in "12"))
     assert rows_of("1")[0]["teacher_sha256"] == rows_of("2")[0]["teacher_sha256"]
     assert os.listdir("checkpoints") == ["digits_lenet5.pt"]
 
@@ -84,8 +85,8 @@ def test_a_run_that_goes_on_with_another_version_or_device_says_so(teacher_file,
     args = [*tiny_args(dafl, teacher_file), "--out", "out", "--resume"]
     with killed("after save 1"):
         dafl.main(args)
-    monkeypatch.setattr(common, "versions", lambda: {"torch": "0.4.1"})
-    monkeypatch.setattr(common, "device_name", lambda device: "abacus")
+    monkeypatch.setattr(running, "versions", lambda: {"torch": "0.4.1"})
+    monkeypatch.setattr(running, "device_name", lambda device: "abacus")
     dafl.main(args)
     notes = [row["text"] for row in rows_of("out") if row["event"] == "note"]
     assert "resumed with versions {'torch': '0.4.1'}" in notes[0] and "device abacus" in notes[1]
@@ -107,15 +108,15 @@ def load(**options):
     usual = dict(teacher="wrn10_1", student="wrn10_1", dataset="digits", precision="fp32", data_dir="data",
                  device=torch.device("cpu"), threads=THREADS)
     options = SimpleNamespace(**{**usual, **options})
-    networks = common.load_networks(options, SimpleNamespace(seed=0), common.dataset_spec(options))
+    networks = running.load_networks(options, SimpleNamespace(seed=0), running.dataset_spec(options))
     return *networks, options
 
 
 def test_a_teacher_is_trained_once_goes_on_after_a_kill_and_says_all_in_its_file(in_tmp, monkeypatch, capsys):
-    monkeypatch.setitem(common.RECIPES, "digits", (3, 256))
+    monkeypatch.setitem(running.RECIPES, "digits", (3, 256))
     teacher, student, options = load()
     path = in_tmp / "checkpoints" / "digits_wrn10_1.pt"
-    kept, content = path.read_bytes(), common.read_classifier(path)
+    kept, content = path.read_bytes(), running.read_classifier(path)
     assert equal(load()[0].state_dict(), teacher.state_dict()) and path.read_bytes() == kept
     assert options.teacher_name == "digits_wrn10_1" and not teacher.training and student.training
     assert common.DataSpec(**content["data"]) == DIGITS and content["seed"] == 0 and content["seconds"] > 0
@@ -130,9 +131,9 @@ def test_a_teacher_is_trained_once_goes_on_after_a_kill_and_says_all_in_its_file
             load()
         assert os.listdir("checkpoints") == ["digits_wrn10_1.partial"]
     load()
-    assert equal(common.read_classifier(path)["weights"], content["weights"])
+    assert equal(running.read_classifier(path)["weights"], content["weights"])
     assert os.listdir("checkpoints") == [path.name]
-    monkeypatch.setitem(common.RECIPES, "digits", (4, 256))
+    monkeypatch.setitem(running.RECIPES, "digits", (4, 256))
     with pytest.raises(BadInput, match="recipe = .*--teacher checkpoints/digits_wrn10_1.pt"):
         load()
     assert equal(load(teacher="checkpoints/digits_wrn10_1.pt")[0].state_dict(), teacher.state_dict())
@@ -140,21 +141,21 @@ def test_a_teacher_is_trained_once_goes_on_after_a_kill_and_says_all_in_its_file
 
 def test_a_teacher_by_itself_is_never_replaced(in_tmp, capsys):
     argv = ["--model", "wrn10_1", "--dataset", "digits", "--epochs", "1", "--batch-size", "512"]
-    common.main(argv)
+    running.main(argv)
     assert "test accuracy" in capsys.readouterr().out
-    assert common.read_classifier("checkpoints/digits_wrn10_1.pt")["recipe"]["epochs"] == 1
+    assert running.read_classifier("checkpoints/digits_wrn10_1.pt")["recipe"]["epochs"] == 1
     for flags, words in (("", "is there already"), ("--out o.pt --dataset mnist99", "unknown data set"),
                          ("--out o.pt --model x", "unknown model x"),
                          ("--out o.pt --dataset imagenet", "no teacher is trained on imagenet")):
-        assert words in refused(common, [*argv, *flags.split()], capsys)
+        assert words in refused(running, [*argv, *flags.split()], capsys)
 
 
 def test_recipes_are_the_ones_that_reach_published_accuracies():
-    assert common.recipe_of("resnet34", "cifar10") == dict(
+    assert running.recipe_of("resnet34", "cifar10") == dict(
         epochs=200, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="cosine")
-    assert common.recipe_of("lenet5", "mnist") == common.recipe_of("lenet5_half", "mnist") == dict(
+    assert running.recipe_of("lenet5", "mnist") == running.recipe_of("lenet5_half", "mnist") == dict(
         epochs=10, batch_size=256, optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="cosine")
-    assert common.recipe_of("lenet5_bn", "mnist")["optimizer"] == "sgd"
+    assert running.recipe_of("lenet5_bn", "mnist")["optimizer"] == "sgd"
 
 
 def test_networks_of_the_users_own_module(in_tmp, capsys):
@@ -168,7 +169,7 @@ def test_networks_of_the_users_own_module(in_tmp, capsys):
         "        return (super().forward(x), x) if self.training else super().forward(x)\n"
         "auxiliary = lambda: Auxiliary(Conv2d(1, 8, 3), Flatten(), Linear(288, 10))\n")
     dafl.main([*tiny_args(dafl, "my_nets:network"), "--student", "my_nets:network", "--out", "out"])
-    assert common.read_classifier("out/student.pt")["arch"] == "my_nets:network"
+    assert running.read_classifier("out/student.pt")["arch"] == "my_nets:network"
     dafl.main([*tiny_args(dafl, "out/student.pt"), "--out", "next"])
     for name, words in (("my_nets:seven", "finite logits"), ("my_nets:large", "does not take images"),
                         ("my_nets:none", "could not be built"), ("no_nets:x", "could not be built")):
@@ -183,18 +184,25 @@ def test_networks_of_the_users_own_module(in_tmp, capsys):
 def test_inspect_says_what_a_network_has(teacher_file, in_tmp, capsys):
     (in_tmp / "looked_at.py").write_text(
         "from torch.nn import BatchNorm2d, Conv2d, Flatten, Linear, Sequential\n"
+        "from common import DataSpec\n"
         "network = lambda: Sequential(Conv2d(3, 8, 3), BatchNorm2d(8), Conv2d(8, 4, 3), Flatten(),"
-        " Linear(64, 7))")
+        " Linear(64, 7))\n"
+        "pair = lambda: (network(), DataSpec((3, 8, 8), 7, (0.5,) * 3, (0.5,) * 3))\n"
+        "wrong = lambda: (network(), DataSpec((3, 8, 8), 9, (0.5,) * 3, (0.5,) * 3))")
     for name, words in (
-            ("looked_at:network", "7 classes|images  3x8x8|1 layers that run, of 1|4, (N, 64)|3, (N, 4, "),
+            ("looked_at:network", "7 classes|images  3x8x8, of those tried|1 layers|4, (N, 64)|3, (N, 4, |"
+             "rdskd, dafl, deepinversion|if it is right: csd.py --teacher-last-map 3"),
+            ("looked_at:pair", "7 classes|images  3x8x8\n|1 layers"),
             (str(teacher_file), "10 classes|1x8x8|of bn, (N, 64, 2, 2)"),
-            ("torchvision:swin_t", "10 classes|0 layers|of head, (N, 768)|of avgpool, (N, 768, ")):
-        common.main(["--inspect", name])
+            ("torchvision:swin_t", "10 classes|BatchNorm  none|of head, (N, 768)|of avgpool, (N, 768, |"
+             "not deepinversion, which needs BatchNorm")):
+        running.main(["--inspect", name])
         said = re.sub(" {3,}", "  ", capsys.readouterr().out)
         assert all(word in said for word in words.split("|")), said
     for flags, words in (("--inspect torchvision:nothing", "could not be built"), ("", "is required"),
-                         ("--inspect nowhere.pt", "no teacher file"), ("--inspect os:getpid", "not a torch")):
-        assert words in refused(common, flags.split(), capsys)
+                         ("--inspect nowhere.pt", "no teacher file"), ("--inspect os:getpid", "not a torch"),
+                         ("--inspect looked_at:wrong", "finite logits (N, 9)")):
+        assert words in refused(running, flags.split(), capsys)
 
 
 def test_a_teacher_for_another_set_or_with_other_weights_is_refused(in_tmp, capsys):
@@ -210,7 +218,7 @@ def test_what_a_method_needs_is_asked_before_a_teacher_is_trained(in_tmp, monkey
     for part, label in ((part, label) for part in ("train", "test") for label in "ab"):
         (in_tmp / "odd" / part / label).mkdir(parents=True)
         Image.new("L", (10, 10)).save(in_tmp / "odd" / part / label / "0.png")
-    monkeypatch.setattr(common, "train_teacher", None)         # would be called, and cannot be
+    monkeypatch.setattr(running, "train_teacher", None)         # would be called, and cannot be
     assert "no BatchNorm" in refused(deepinversion, "--dataset digits --teacher lenet5".split(), capsys)
     assert "no layer nowhere" in refused(csd, "--dataset digits --teacher-last-map nowhere".split(), capsys)
     for method in (method for method in METHODS if hasattr(method, "Generator")):
@@ -222,7 +230,7 @@ def test_what_a_method_needs_is_asked_before_a_teacher_is_trained(in_tmp, monkey
 def parsed(method, text):
     more = dict(fits=surrogate_kd.fits) if method is surrogate_kd else {}
     names = method.__name__, method.__doc__, method.Settings, method.PRESETS
-    return common.parse(*names, text.split(), **more)
+    return running.parse(*names, text.split(), **more)
 
 
 WIDE = "--teacher wrn40_2 --student "
@@ -307,7 +315,7 @@ def test_a_cuda_device_without_a_number_is_the_first(monkeypatch):
     try:
         for name, number in ((None, 0), ("cuda", 0), ("cuda:1", 1)):
             options = SimpleNamespace(device=name, precision=None, threads=None, deterministic=False)
-            common.set_up_device(options)
+            running.set_up_device(options)
             assert taken.pop() == number and options.precision == "tf32" and options.device.type == "cuda"
     finally:
         cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
@@ -394,17 +402,17 @@ def test_folders_are_numbered_and_never_used_twice(teacher_file, in_tmp, capsys,
 
 @pytest.mark.parametrize("moment", ["teacher", "bank", "epoch 0", "epoch 1"])
 def test_ctrl_c_says_how_to_go_on(moment, teacher_file, in_tmp, capsys, monkeypatch):
-    save = common.Loop.save
+    save = running.Loop.save
 
     def interrupted(self, *args):
-        loops = {common.Loop: "teacher", common.Stage: "bank", common.Run: f"epoch {args[0]}"}
+        loops = {running.Loop: "teacher", running.Stage: "bank", running.Run: f"epoch {args[0]}"}
         if moment == loops[type(self)]:
             signal.raise_signal(signal.SIGINT)
         save(self, *args)
     args = tiny_args(csd, "wrn10_1" if moment == "teacher" else teacher_file)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)      # background jobs ignore it
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(common.Loop, "save", interrupted)
+        patch.setattr(running.Loop, "save", interrupted)
         csd.main(args)
     signal.signal(signal.SIGINT, before)
     said, _, more = capsys.readouterr().err.partition("type the same command again")
@@ -416,8 +424,8 @@ def test_ctrl_c_says_how_to_go_on(moment, teacher_file, in_tmp, capsys, monkeypa
 
 
 def test_the_first_epoch_says_how_long_the_others_take(teacher_file, in_tmp, capsys, monkeypatch):
-    found = common.describe
-    monkeypatch.setattr(common, "describe", lambda *args: [
+    found = running.describe
+    monkeypatch.setattr(running, "describe", lambda *args: [
         {**row, "seconds_distillation": 90.0, "seconds_synthesis": 0.0} for row in found(*args)])
     dafl.main([*tiny_args(dafl, teacher_file, epochs=3), "--out", "out"])
     assert capsys.readouterr().out.count("at this speed the other epochs take 3 minutes") == 1
@@ -458,7 +466,7 @@ ALIKE, ONE, FEW = 0.5 + 0.001 * VARIED, 0 * EVEN + 3, (EVEN > 8).long()
 def test_the_three_signs_of_a_collapse(pixels, labels, words):
     common.COSTS.clear()
     common.COSTS.update(seconds_a=1.0, teacher_queries=5)
-    *warning, row = common.describe("epoch", 7, {"loss": 1.0}, pixels, labels, 10)
+    *warning, row = running.describe("epoch", 7, {"loss": 1.0}, pixels, labels, 10)
     assert len(warning) == bool(words) and all(word in warning[0]["text"] for word in words)
     known = {"event": "epoch", "epoch": 7, "loss": 1.0, "seconds_a": 1.0, "teacher_queries": 5}
     assert known.items() <= row.items() and common.COSTS == {"teacher_queries": 5}
@@ -469,13 +477,13 @@ def test_a_collapse_is_named_and_the_run_goes_on(teacher_file, in_tmp, monkeypat
     forward = dafl.Generator.forward
     monkeypatch.setattr(dafl.Generator, "forward", lambda self, z: 0.1 + 0 * forward(self, z))
     dafl.main([*tiny_args(dafl, teacher_file), "--out", "out"])
-    assert [row["event"] for row in rows_of("out")] == ["start", *["collapse", "epoch"] * 2, "end"]
+    assert [row["event"] for row in rows_of("out")] == ["start", "warning", *["collapse", "epoch"] * 2, "end"]
     assert capsys.readouterr().out.count("its images hardly differ, all its images are in class") == 2
 
 
 def test_the_picture_has_a_row_a_class_with_its_last_images(tmp_path):
     pixels = torch.arange(12).view(12, 1, 1, 1).expand(-1, 1, 20, 20) / 12
-    common.save_samples(tmp_path / "s.png", pixels, torch.tensor([0] * 10 + [2] * 2), 3)
+    running.save_samples(tmp_path / "s.png", pixels, torch.tensor([0] * 10 + [2] * 2), 3)
     sheet = Image.open(tmp_path / "s.png").convert("L")
     seen = [[sheet.getpixel((46 + 42 * column, 22 + 42 * row)) for column in range(8)] for row in range(3)]
     grey = [int(255 * i / 12) for i in range(12)]
