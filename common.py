@@ -81,7 +81,7 @@ def _per_channel(values, like):
 
 def row_major(images):
     """The same images, in the plain order of memory that every network takes, also one that calls x.view."""
-    return images.contiguous().view(images.shape)       # with one channel, contiguous() may leave other strides
+    return images.contiguous().view(images.shape)       # with one channel contiguous() alone may not do it
 
 
 def normalize(pixels, data):
@@ -419,7 +419,7 @@ def seeded(seed):
         yield
 
 
-def guarded(function):
+def seeded_and_checked(function):
     """Decorates what a method offers: a function with arguments `teacher`, `data`, `settings`, or `student`.
 
     Before it runs, networks or data that cannot work are refused in one sentence (BadInput). While it runs,
@@ -941,10 +941,3 @@ def from_function(name, num_classes=None, pretrained=False):
 if __name__ == "__main__":     # python common.py --model resnet34 --dataset cifar10
     from running import main
     main()
-
-
-def __getattr__(name):      # TEMPORARY
-    import running
-    if hasattr(running, name) and not name.startswith("__"):
-        return getattr(running, name)
-    raise AttributeError(name)

@@ -17,16 +17,18 @@ name the class and the rotation of an image that was turned; a new image is good
 
 Run it
     python csd.py --dataset digits                        three minutes on a CPU; 96.3 ± 0.5 % (teacher 98.9)
-    python csd.py --teacher resnet34 --student resnet18   CIFAR-10, authors' numbers: hours on a GPU
+    python csd.py --teacher wrn40_2 --student wrn16_1     CIFAR-10, the authors' pair and settings; not run
+    python csd.py --teacher resnet34 --student resnet18   the same settings; hours on a GPU, not run yet
+    A teacher that is named is trained first and kept in checkpoints/; your own goes in as module:function.
 
 Copy it
-    The losses, rotations(), rotation_labels(), Generator, AuxiliaryHead, Regressor, synthesize(),
-    synthesize_bank() and distill() are the method. main() is only the command line.
+    A loss works by itself. For the whole method take this file without main(), and common.py, where
+    DataSpec, frozen() and the other helpers are.
 
 Letters: T teacher, S student, G generator; N images in a batch, M in the bank, K classes, D student features;
 an image is C x H x W, a random vector z has L numbers, y is the class asked for, k counts quarter turns.
-Sources: [code] the authors' code, github.com/luoshiya/CSD at 6acf251; [paper] the abstract, the only text of
-theirs that we had; [ours] a choice of this file. "Note 3" is the third at the end of the file.
+Sources: [code] the authors' code, github.com/luoshiya/CSD at 6acf251; [ours] a choice of this file. Of the
+paper we had the abstract alone. "Note 3" is the third at the end of the file.
 """
 import math
 from dataclasses import dataclass, replace
@@ -37,8 +39,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, frozen,
-                    guarded, last_linear, normalize, place_like, probe, recorded_inputs, recorded_statistics,
-                    set_lr, steps, why_no_batchnorm)
+                    last_linear, normalize, place_like, probe, recorded_inputs, recorded_statistics,
+                    seeded_and_checked, set_lr, steps, why_no_batchnorm)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
 
@@ -55,8 +57,8 @@ class Settings:
     kd: float = 1.0                     # weight of kd_loss
     ce: float = 1.0                     # weight of the cross-entropy with the bank's labels
     feature: float = 30.0               # weight of feature_loss between the last feature maps; 0 = off
-    teacher_last_map: str = ""          # a foreign teacher's layer whose input is its last feature map
-    student_last_map: str = ""          # the same layer of a foreign student
+    teacher_last_map: str = ""          # for a teacher not of common.py: the layer that takes its last map
+    student_last_map: str = ""          # the same for a student not of common.py
     lr_head: float = 0.1                # of the auxiliary head: SGD, momentum 0.9, constant
     raw_head: bool = False              # do not scale the head's logits to unit length, see note 1
     fresh_head_optimizer: bool = False  # clear the head's momentum when its weights are drawn anew
@@ -70,7 +72,7 @@ class Settings:
     adversarial: float = 0.0            # weight of adversarial_loss; 0 = off, as in the authors' runs
     bank_rounds: int = 400              # stage 1: batches made before the student's first step
     bank_synthesis_steps: int = 500     # stage 1: generator steps for each of them
-    seed: int = 0                       # of student, head, z and classes
+    seed: int = 0                       # of all random numbers, in both stages
 
 
 CIFAR10 = Settings()
@@ -84,15 +86,15 @@ PRESETS = {
     # [ours] for a first look: a fiftieth of the authors' stage 1 and a hundredth of their student steps
     "cifar10-short": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10, bank_rounds=20, bank_synthesis_steps=200, epochs=10, student_steps=200)),
-    # [ours] for the races in benchmarks/: 40 or 20 minutes of two cores
+    # [ours] for the comparisons in benchmarks/: 40 minutes of two cores, and 12 on MNIST
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", replace(
         CIFAR10, synthesis_batch_size=100, bank_rounds=20, bank_synthesis_steps=30, synthesis_steps=20,
         lr_generator=3e-3, epochs=10, student_steps=235)),
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(
         CIFAR10, synthesis_batch_size=100, bank_rounds=80, bank_synthesis_steps=15, synthesis_steps=15,
         lr_generator=3e-3, epochs=20, student_steps=400, lr_student=0.01, feature=1.0)),     # see note 4
-    # [ours], chosen among a dozen by test accuracy on seeds 0 and 1. With a weight of 1, the BatchNorm term
-    # would hide the class term at such an early stage.
+    # [ours], chosen among a dozen by test accuracy on seeds 0 and 1. In so few generator steps, a weight of 1
+    # for the BatchNorm term would drown the class term.
     "digits": Preset("digits", "wrn16_2", "wrn16_1", replace(
         CIFAR10, synthesis_batch_size=100, bank_rounds=6, bank_synthesis_steps=60, bn=0.3, synthesis_steps=50,
         lr_generator=3e-3, epochs=5, student_steps=180, batch_size=64)),
@@ -115,12 +117,12 @@ def kd_loss(student_logits, teacher_logits, temperature):
 
 
 def feature_loss(student_map, teacher_map):
-    """How far the student's last feature map, as the Regressor translates it, is from the teacher's [code].
+    """How far the student's last feature map, after the Regressor, is from the teacher's [code].
 
         L_fea = mean over all elements of (r(F_S) - F_T)²
 
-    Maps (N, C, h, w) of the teacher's shape, twice -> a scalar, at least 0. The student should see what the
-    teacher sees just before it decides.
+    Two maps (N, C, h, w), both of the teacher's shape -> a scalar, at least 0. The student should see what
+    the teacher sees just before it decides.
     """
     return F.mse_loss(student_map, teacher_map)
 
@@ -140,9 +142,9 @@ def bn_loss(statistics, running):
 
         L_bn = Σ over layers of ‖variance - running variance‖₂ + ‖mean - running mean‖₂
 
-    Two lists with a (mean, variance) of each layer, (channels,) both -> a scalar, at least 0. The statistics
-    are those of a layer's input x: variance, mean = torch.var_mean(x, (0, 2, 3), correction=0). The norms are
-    not squared, and every layer counts alike.
+    Two lists with one pair (mean, variance) for each layer, vectors of length channels -> a scalar, at least
+    0. The statistics are those of a layer's input x, over images and pixels, the variance without Bessel's
+    correction. The norms are not squared, and every layer counts alike.
     """
     return sum(torch.linalg.vector_norm(var - running_var) + torch.linalg.vector_norm(mean - running_mean)
                for (mean, var), (running_mean, running_var) in zip(statistics, running, strict=True))
@@ -151,22 +153,23 @@ def bn_loss(statistics, running):
 def csd_loss(auxiliary_logits, labels):
     """How well the head still names class and rotation: the generator wants images on which it errs [code].
 
-        L_csd = -mean over turned images of CE(head, 4y + k)
+        L_csd = -mean over the 4N rotations of CE(head, 4y + k)
 
     The head's logits (4N, 4K), joint labels (4N,) -> a scalar. For logits of unit length and K = 10 it lies
-    in [-4.686, -2.719]. Where the head errs, the student's features do not tell the class from every side.
+    in [-4.686, -2.719]. Where the head errs, the student's features do not show the class in all rotations.
     """
     return -F.cross_entropy(auxiliary_logits, labels)
 
 
 def adversarial_loss(student_logits, teacher_logits):
-    """The older way to ask for hard images: those on which student and teacher disagree [code, unused there].
+    """The older way to ask for hard images: those on which student and teacher disagree [code, off there].
 
         L_adv = -mean over images of KL(softmax(teacher) || softmax(student))
 
     Logits (N, K) and (N, K) -> a scalar, at most 0.
     """
-    # from logarithms: the gradient passes through the teacher, too, and p ln p has none where p underflows
+    # The gradient passes through the teacher, too. From probabilities it would be NaN as soon as one of them
+    # rounds to 0; from their logarithms it is finite.
     log_student, log_teacher = (F.log_softmax(logits, dim=1) for logits in (student_logits, teacher_logits))
     return -F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
@@ -174,7 +177,7 @@ def adversarial_loss(student_logits, teacher_logits):
 def auxiliary_loss(auxiliary_logits, labels):
     """How far the head is from naming class and rotation: what the head itself minimises [code].
 
-        L_a = mean over turned images of CE(head, 4y + k)
+        L_a = mean over the 4N rotations of CE(head, 4y + k)
 
     The head's logits (4N, 4K), joint labels (4N,) -> a scalar, at least 0. An image's rotation can only be
     named by somebody who knows what the upright class looks like.
@@ -239,7 +242,7 @@ class Regressor(nn.Module):
     """Translates the student's last map (N, C_s, h, w) into the teacher's shape (N, C_t, h', w') [code].
 
     It learns with the student and is thrown away afterwards. It has 640,000 weights for WRN-40-2 to WRN-16-1
-    and 10,489,856 for ResNet-34 to ResNet-18, as many as that student has.
+    and 10,489,856 for ResNet-34 to ResNet-18, nearly as many as that student has.
     """
     def __init__(self, student_channels, teacher_channels, teacher_height):
         super().__init__()
@@ -251,7 +254,9 @@ class Regressor(nn.Module):
             nn.Conv2d(wide, teacher_channels, 1, bias=False))
 
     def forward(self, student_map):
-        if student_map.shape[2] != self.height:       # F.adaptive_avg_pool2d; its gradient varies on a GPU
+        # F.adaptive_avg_pool2d, as two matrix products. Its own backward pass adds numbers in a random order
+        # on a GPU, so that no two runs would be equal.
+        if student_map.shape[2] != self.height:
             ones = (torch.eye(side, device=student_map.device)[None] for side in student_map.shape[2:])
             rows, columns = (F.adaptive_avg_pool1d(one, self.height)[0] for one in ones)  # (h, h'), (w, h')
             student_map = rows.T @ student_map @ columns                     # (N, C_s, h', h')
@@ -306,6 +311,7 @@ def synthesize(teacher, data, settings, total_steps, student=None, head=None):
     running = [(layer.running_mean, layer.running_var) for layer in layers]
     fixed, features_of = ([teacher, student, head], [last_linear(student)]) if student else ([teacher], [])
     means = Means()
+    # frozen: eval mode, and gradients pass through the networks but not into their weights
     with frozen(*fixed), recorded_statistics(layers) as statistics, recorded_inputs(features_of) as seen:
         for _ in steps(total_steps, "synthesis"):
             pixels = generator(z)                                            # (N, L) -> (N, C, H, W)
@@ -338,7 +344,7 @@ def to_bytes(pixels):
     return (255 * pixels.clamp(0, 1)).to(torch.uint8)
 
 
-@guarded
+@seeded_and_checked
 def synthesize_bank(teacher, data, settings, run=None):
     """Stage 1: make the first batches from the teacher alone; every student of this teacher can use them.
 
@@ -359,22 +365,23 @@ def synthesize_bank(teacher, data, settings, run=None):
 
 
 # --------------------------------------------------------------------------------------------- the algorithm
-@guarded
+@seeded_and_checked
 def distill(teacher, student, data, settings, run=None, bank=None):
     """Train `student` in place on images that are made from `teacher`. No real image is used.
 
     teacher    any classifier; it is not changed
     student    any classifier with a linear layer, whose input are its features
-    data       a DataSpec: image shape, number of classes, normalisation, augmentation
+    data       a DataSpec: image shape, number of classes, normalisation, augmentation (see common.py)
     run        writes log and checkpoints; main() passes one, your own code need not
     bank       what `synthesize_bank` returned; it is made here if it is None
-    Returns the whole bank: pixels (M, C, H, W) uint8 and labels (M,). Raises FloatingPointError if a loss is
-    no longer finite.
+    The feature loss is left out where a network's last map is not known (see Settings). Random numbers start
+    from settings.seed; the caller's are left as they were. Returns the whole bank: pixels (M, C, H, W) uint8
+    and labels (M,). Raises FloatingPointError if a loss is no longer finite.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     bank = bank or synthesize_bank(teacher, data, settings)
     first_pixels, first_labels = (part.to(device) for part in bank)
-    torch.manual_seed(settings.seed ^ 2 ** 31)               # the same, whether the bank was made now or not
+    torch.manual_seed(settings.seed ^ 2 ** 31)                  # other random numbers than those of the bank
     pixels = torch.cat([first_pixels, first_pixels.new_zeros(settings.epochs * n, *data.image_shape)])
     labels = torch.cat([first_labels, first_labels.new_zeros(settings.epochs * n)])
     features_of = last_linear(student)                                # its input is the feature vector (N, D)
@@ -398,7 +405,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
         made, targets, losses = synthesize(teacher, data, settings, settings.synthesis_steps, student, head)
         end = len(first_labels) + (epoch + 1) * n                            # of what the bank holds by now
         pixels[end - n:end], labels[end - n:end] = to_bytes(made), targets
-        reinitialize(head)                 # easy to overlook: new weights each epoch, the old momentum [code]
+        reinitialize(head)              # new weights each epoch; its optimizer keeps its momentum (note 2)
         if settings.fresh_head_optimizer:
             head_optimizer.state.clear()
 
@@ -473,9 +480,9 @@ if __name__ == "__main__":
 
 
 # ----------------------------------------------------------------------------------------------------- notes
-# Where the paper, the authors' code and this file disagree, and what it is worth. The paper's method section
-# and its tables were not at hand. Effects are those of the preset cifar10-cpu, three seeds, which ends at
-# 69.5 ± 1.8 %, unless another data set is named.
+# What is easily overlooked in the authors' code, where this file differs from it, and what that changes where
+# it was measured: test accuracy of the preset cifar10-cpu, mean ± standard deviation over three seeds, which
+# is 69.5 ± 1.8 % without a flag. The paper's method section and its tables were not at hand.
 #
 #  1. The head's logits. The code scales them to unit length, without a temperature, which bounds the head's
 #     loss (K = 10: 2.719 to 4.686; a guess has ln 40 = 3.689). We follow it. --raw-head leaves them as they
@@ -494,12 +501,12 @@ if __name__ == "__main__":
 #  7. Which epoch counts. The authors report the best epoch on the test set, with seed 1. We report the last
 #     one, from seed 0 on, and print the best in brackets. They also score the head each epoch; we do not.
 #  8. Adversarial loss. The code takes it only where the weight of csd_loss is 0; here --adversarial adds to
-#     any --csd. --csd 0 --adversarial 1: 62.2 ± 0.4 %. --csd 0, neither: 64.1 ± 1.8 %; the head is then not
-#     trained, because nothing reads it.
+#     any --csd. --csd 0 --adversarial 1: 62.2 ± 0.4 %. With both weights 0: 64.1 ± 1.8 %; the head is then
+#     not trained, because nothing reads it.
 #  9. Work saved. Frozen networks get no weight gradients, BatchNorm statistics are taken in synthesis only,
 #     and each upsampling is merged with the convolution after it: the same mathematics up to rounding. On
 #     CUDA, TF32 and cudnn.benchmark are the default; the authors run --precision fp32 --deterministic.
 # 10. Teachers. The authors' take SGD with batches of 256, decay 1e-4, three steps, and the best epoch on the
 #     test set. Ours take batches of 128, decay 5e-4, a cosine, and the last epoch (common.py).
-# 11. A new generator for every batch [code]. plain_inversion.py goes on with one generator. That alone, in
-#     CSD, ended at 71.4 ± 1.5 %; the flag for it is in this file at commit b9db535.
+# 11. A new generator for every batch [code]. plain_inversion.py goes on with one generator instead. CSD with
+#     that change and no other ended at 71.4 ± 1.5 % (a flag of this file at commit b9db535).

@@ -20,8 +20,8 @@ Run it
                                                            calculate 7 hours on a GPU that does 80 TFLOP/s
 
 Copy it
-    The losses work by themselves. Generator needs BadInput and UpsampledConv2d from common.py. For distill(),
-    take the rest of that import line, Settings and all functions. main() is only the command line.
+    A loss works by itself. For distill() take this file without main(), and common.py, where DataSpec,
+    frozen() and the other helpers are.
 
 Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
 D features, which are the input of the teacher's linear layers; CE cross-entropy; KL Kullback-Leibler
@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (BadInput, Means, Preset, UpsampledConv2d, build_optimizer, cosine, denormalize, frozen,
-                    guarded, place_like, probe, recorded_inputs, row_major, set_lr, steps)
+                    place_like, probe, recorded_inputs, row_major, seeded_and_checked, set_lr, steps)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
 
@@ -207,7 +207,7 @@ def learning_rate(lr, schedule, progress):
     return cosine(lr, progress, 1) if schedule == "cosine" else lr
 
 
-@guarded
+@seeded_and_checked
 def distill(teacher, student, data, settings, run=None):
     """Train `student` in place on images that a generator makes for `teacher`. No real image is used.
 

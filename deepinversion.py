@@ -24,8 +24,8 @@ Run it
 
 Copy it
     The losses work by themselves; those of total variation call neighbour_differences. synthesize() makes one
-    batch, synthesize_pool() the initial ones, distill() is the whole method. For these three, take Settings,
-    all functions and what they import from common.py. main() is only the command line.
+    batch, synthesize_pool() the initial ones, distill() is the whole method. For these three take this file
+    without main(), and common.py, where DataSpec, frozen() and the other helpers are.
 
 Letters: T teacher, x the pixels of N images, each C x H x W, y the classes asked for; P images in the pool;
 K classes; CE cross-entropy; KL Kullback-Leibler divergence; τ the temperature, which divides the logits.
@@ -40,7 +40,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (BadInput, Means, Preset, augment, batches, batchnorms, cosine, denormalize, frozen,
-                    guarded, normalize, recorded_statistics, row_major, set_lr, steps, why_no_batchnorm)
+                    normalize, recorded_statistics, row_major, seeded_and_checked, set_lr, steps,
+                    why_no_batchnorm)
 from running import Run, command_line, dataset_spec, load_networks, parse, write
 
 
@@ -306,7 +307,7 @@ def synthesize(teacher, data, settings, student=None):
     return best_x if settings.keep_best else x.detach(), targets, means.take()
 
 
-@guarded
+@seeded_and_checked
 def synthesize_pool(teacher, data, settings, run=None):
     """Make the initial batches by DI, from the teacher alone. Every student of this teacher can use them.
 
@@ -337,7 +338,7 @@ def refuse_without_batchnorm(teacher, data):
 
 
 # --------------------------------------------------------------------------------------------- the algorithm
-@guarded
+@seeded_and_checked
 def distill(teacher, student, data, settings, run=None, pool=None):
     """Train `student` in place on images that are made from `teacher`. No real image is used.
 

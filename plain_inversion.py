@@ -3,25 +3,28 @@
 No paper stands behind this file. It is ours, and it is what you should try first if you have nothing but a
 teacher. One generator makes batch after batch of images, a few steps for each: the frozen teacher should see
 the classes that we ask for, and each BatchNorm layer should see the statistics that it remembers from real
-data. The images fill a bank. The student learns to answer as the teacher does on mixtures of two of them.
-There is no game between generator and student, and no label.
+data. The images, cropped and mirrored at random as the teacher's data were, fill a bank. The student learns
+to answer as the teacher does on mixtures of two of them. Generator and student do not compete, and the
+student's loss uses no label.
 
     z ──► G ──► images ──► teacher ──► right class? BatchNorm as for real data? ──► update G and z
                   │
                   └──► bank ──► mixtures ─┬──► teacher ──► logits
                                           └──► student ──► logits ──► how far from the teacher's? ──► update S
 
-From CSD's first stage (csd.py) it takes the generator, its two losses and the bank; from Fast-DFKD
-(arXiv 2112.06253) the idea that a new batch need not start from nothing. What each part is worth is listed
-in the notes at the end of the file.
+From CSD's first stage (csd.py) it takes the generator, the generator's two losses and the bank; from
+Fast-DFKD (arXiv 2112.06253) the idea that a new batch need not start from nothing. What we know of each
+part's worth stands in the notes at the end of the file.
 
 Run it
     python plain_inversion.py --dataset digits      two minutes on a CPU; 96.6 ± 0.5 % (teacher 98.9)
-    python plain_inversion.py --preset cifar10      ResNet-34 to ResNet-18: for a GPU, see note 7
+    python plain_inversion.py --preset cifar10      ResNet-34 to ResNet-18: for a GPU, not run yet (note 8)
+    python plain_inversion.py --preset cifar10-cpu  40 minutes of two cores; 77.5 ± 1.3 % (teacher 92.7)
+    A teacher that is named is trained first; your own goes in as module:function, see the front page.
 
 Copy it
-    The losses, Generator, synthesize(), synthesize_bank(), mixed() and distill() are the method. main() is
-    only the command line.
+    A loss works by itself. For the whole method take this file without main(), and common.py, where
+    DataSpec, frozen() and the other helpers are.
 
 Letters: T teacher, S student, G generator; N images in a batch, M in the bank, K classes; an image is
 C x H x W, a random vector z has L numbers, y is the class that was asked for.
@@ -35,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, frozen,
-                    guarded, normalize, place_like, recorded_statistics, revisited, set_lr, steps,
+                    normalize, place_like, recorded_statistics, revisited, seeded_and_checked, set_lr, steps,
                     why_no_batchnorm)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
@@ -51,7 +54,7 @@ class Settings:
     weight_decay: float = 1e-4          # of the student
     temperature: float = 10.0           # τ in kd_loss
     mixup: bool = True                  # teacher and student see mixtures of two images
-    visits: int = 3                     # student steps that one batch of the teacher's answers serves
+    visits: int = 3                     # student steps on each batch that the teacher has answered
     synthesis_batch_size: int = 100     # images in a batch that the generator makes
     synthesis_steps: int = 10           # generator steps for the one batch of an epoch
     keep_generator: bool = True         # go on with the generator of the batch before, see note 1
@@ -61,21 +64,21 @@ class Settings:
     bn: float = 3.0                     # weight of bn_loss; 0 = off
     bank_rounds: int = 100              # batches made before the student's first step
     bank_synthesis_steps: int = 10      # generator steps for each of them
-    seed: int = 0                       # of student, z, classes and mixtures
+    seed: int = 0                       # of all random numbers
 
 
 CIFAR10_CPU = Settings()
 PRESETS = {
-    # Ten times the steps of cifar10-cpu, for a GPU; it has not been run yet (note 7)
+    # About ten times the steps of cifar10-cpu, for a GPU; it has not been run yet (note 8)
     "cifar10": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10_CPU, bank_rounds=1000, epochs=100, student_steps=500)),
-    # The race's row: chosen among six trials on CIFAR-10's validation images
+    # The row of the comparison in benchmarks/: chosen among six trials on CIFAR-10's validation images
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", CIFAR10_CPU),
     # LeNet-5 has no BatchNorm, so bn_loss is off; steps and rate are those of csd.py's preset
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(
         CIFAR10_CPU, epochs=20, student_steps=400, lr_student=0.01, bank_rounds=80, bank_synthesis_steps=15,
         synthesis_steps=15)),
-    # [ours], the better of two by test accuracy on seed 0
+    # [ours], the better of two settings by test accuracy on seed 0
     "digits": Preset("digits", "wrn16_2", "wrn16_1", replace(
         CIFAR10_CPU, epochs=5, student_steps=180, batch_size=64, bank_rounds=30, bn=0.3)),
 }
@@ -111,8 +114,9 @@ def bn_loss(statistics, running):
 
         L_bn = Σ over layers of ‖variance - running variance‖₂ + ‖mean - running mean‖₂
 
-    Two lists with a (mean, variance) of each layer, (channels,) both -> a scalar, at least 0. The statistics
-    are those of a layer's input x: variance, mean = torch.var_mean(x, (0, 2, 3), correction=0).
+    Two lists with one pair (mean, variance) for each layer, vectors of length channels -> a scalar, at least
+    0. The statistics are those of a layer's input x, over images and pixels, the variance without Bessel's
+    correction.
     """
     return sum(torch.linalg.vector_norm(var - running_var) + torch.linalg.vector_norm(mean - running_mean)
                for (mean, var), (running_mean, running_var) in zip(statistics, running, strict=True))
@@ -171,6 +175,7 @@ def synthesize(generator, teacher, data, settings, total_steps):
     layers = batchnorms(teacher, data) if settings.bn else []
     running = [(layer.running_mean, layer.running_var) for layer in layers]
     means = Means()
+    # frozen: eval mode, and gradients pass through the teacher but not into its weights
     with frozen(teacher), recorded_statistics(layers) as statistics:
         for _ in steps(total_steps, "synthesis"):
             pixels = generator(z)                                            # (N, L) -> (N, C, H, W)
@@ -178,7 +183,8 @@ def synthesize(generator, teacher, data, settings, total_steps):
             loss_oh = one_hot_loss(teacher_logits, targets)
             loss_bn = bn_loss([statistics[layer] for layer in layers], running)          # 0 without layers
             loss = settings.oh * loss_oh + settings.bn * loss_bn
-            better = loss.detach() < best_loss              # a copy of the pixels as this step found them
+            # keep a copy of the best pixels, from before the update below
+            better = loss.detach() < best_loss
             best_pixels = torch.where(better, pixels.detach(), best_pixels)
             best_loss = torch.where(better, loss.detach(), best_loss)
             optimizer.zero_grad()
@@ -193,7 +199,7 @@ def to_bytes(pixels):
     return (255 * pixels.clamp(0, 1)).to(torch.uint8)
 
 
-@guarded
+@seeded_and_checked
 def synthesize_bank(teacher, data, settings, run=None):
     """The first batches of the bank, which every student of this teacher can use.
 
@@ -216,7 +222,7 @@ def synthesize_bank(teacher, data, settings, run=None):
 
 # --------------------------------------------------------------------------------------------- the algorithm
 def mixed(images):
-    """(1 - λ) x + λ x': each image mixed with another one of the batch, by a λ of its own, uniform in [0, 1).
+    """(1 - λ) x + λ x': each image mixed with an image of the batch, by a λ of its own, uniform in [0, 1).
 
     (N, C, H, W) -> (N, C, H, W)
     """
@@ -224,7 +230,7 @@ def mixed(images):
     return torch.lerp(images, images[torch.randperm(len(images), device=images.device)], share)
 
 
-@guarded
+@seeded_and_checked
 def distill(teacher, student, data, settings, run=None, bank=None):
     """Train `student` in place on images that are made from `teacher`. No real image is used.
 
@@ -233,24 +239,26 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     data       a DataSpec: image shape, number of classes, normalisation, augmentation
     run        writes log and checkpoints; main() passes one, your own code need not
     bank       what `synthesize_bank` returned; it is made here if it is None
-    Returns the whole bank: pixels (M, C, H, W) uint8 and the classes asked for (M,). Raises
-    FloatingPointError if a loss is no longer finite.
+    Random numbers start from settings.seed; the caller's are left as they were. Returns the whole bank:
+    pixels (M, C, H, W) uint8 and the classes asked for (M,). Raises FloatingPointError if a loss is no longer
+    finite.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     bank = bank or synthesize_bank(teacher, data, settings)
     first_pixels, first_labels = (part.to(device) for part in bank)
-    torch.manual_seed(settings.seed ^ 2 ** 31)               # the same, whether the bank was made now or not
+    torch.manual_seed(settings.seed ^ 2 ** 31)                  # other random numbers than those of the bank
     pixels = torch.cat([first_pixels, first_pixels.new_zeros(settings.epochs * n, *data.image_shape)])
     labels = torch.cat([first_labels, first_labels.new_zeros(settings.epochs * n)])
     optimizer = torch.optim.SGD(student.parameters(), settings.lr_student, 0.9,
                                 weight_decay=settings.weight_decay)
+    # Another generator than the bank's, which is not kept: students may share a bank that was made long ago
     generator = place_like(Generator(settings.latent_dim, data.image_shape), teacher)
     start = run.resume(student=student, optimizer=optimizer, generator=generator, pixels=pixels,
                        labels=labels) if run else 0
 
     @torch.no_grad()
     def answered(rows):
-        """A batch of the bank as teacher and student see it (N, C, H, W), and the teacher's logits (N, K)."""
+        """-> rows of the bank (N,), the images that both networks see (N, C, H, W), T's logits (N, K)"""
         images = normalize(augment(pixels[rows] / 255, data), data)
         images = mixed(images) if settings.mixup else images
         return rows, images, teacher(images)
@@ -281,7 +289,8 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     return pixels, labels
 
 
-# the settings that shape the first part of the bank: one that was made with others is refused
+# The settings that shape the first part of the bank. A bank that was made with other values of these is
+# refused; --bank names another folder.
 OF_BANK = ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps", "keep_generator",
            "lr_generator", "latent_dim", "oh", "bn")
 
@@ -291,7 +300,7 @@ def main(argv=None):
     options, settings = parse("plain_inversion", __doc__, Settings, PRESETS, argv,
                               bank="the bank's folder [checkpoints/TEACHER.plain-bank-seedN]")
     data = dataset_spec(options)
-    Generator(1, data.image_shape)                                           # refuses an image size now
+    Generator(1, data.image_shape)                        # refuses an image size before a teacher is trained
     teacher, student = load_networks(options, settings, data)
     run = Run(options, settings, teacher, student, data)
     folder = options.bank or f"checkpoints/{options.teacher_name}.plain-bank-seed{settings.seed}"
@@ -307,19 +316,22 @@ if __name__ == "__main__":
 
 
 # ----------------------------------------------------------------------------------------------------- notes
-# What each part is worth. Trials are one seed on CIFAR-10's validation images, WRN-16-2 to WRN-16-1, about 40
-# minutes of two cores each; ± stands for three seeds on the test images.
+# What we know of each part's worth. A trial is one seed on CIFAR-10's validation images, WRN-16-2 to
+# WRN-16-1, about 40 minutes of two cores each; two trials may differ by a point or two by chance alone.
+# ± stands for the standard deviation over three seeds on the test images.
 #
-#  1. One generator for all batches, instead of a new one for each. In CSD, which otherwise stayed as it is,
-#     71.4 ± 1.5 % instead of 69.5 ± 1.8. In this method two trials, which differ in their numbers of steps,
-#     too: 76.4 instead of 70.1 %. --no-keep-generator starts every batch anew.
-#  2. Answers that serve three steps. The teacher costs more than the student's step, so three steps on each
-#     answered batch leave time for more steps: 78.5 instead of 76.4 %. --visits 1 asks anew for every step.
-#  3. The weight of the BatchNorm term: 79.4 % with 3, 78.5 with 1. --bn
-#  4. Mixtures were never tried apart from the rest: CSD without its own loss, without mixtures, and with its
-#     other terms, ended at 64.1 ± 1.8 %. --no-mixup. A mixture has no class, so there is no loss with labels.
-#  5. Tried and left out: an adversarial term against the student (75.8 %), batches of 64 images (76.6 %).
-#  6. target_acc in the log is the share of shown images that the teacher puts into the class asked for. With
-#     mixtures it is low, because half of the mixture is another class.
-#  7. The preset cifar10 has not been run yet. benchmarks/costs.py counts 32 PFLOP and 1.0 GB for it: half an
+#  1. One generator that goes on, instead of a new one for each batch. CSD with this change and no other:
+#     69.5 ± 1.8 became 71.4 ± 1.5 %. Here, in two trials, 70.1 became 76.4 %, but the numbers of steps had
+#     changed as well. --no-keep-generator starts every batch anew (and needs a --bank of its own).
+#  2. Answers that serve three steps. Where the teacher's answer costs as much as the student's step, this
+#     leaves time for more steps: 76.4 became 78.5 %, two trials. --visits 1 asks for every step.
+#  3. The weight of the BatchNorm term: 78.5 % with 1, 79.4 with 3, two trials. --bn (and a --bank)
+#  4. Mixtures were never tried apart from the rest, so we do not know what they are worth. --no-mixup
+#  5. No loss with the classes that were asked for: a mixture would need a mixture of two classes, and the
+#     teacher's answer is there already.
+#  6. Tried and left out, each instead of the 78.5 % of note 2: an adversarial term against the student
+#     (75.8 %), batches of 64 images with more steps (76.6 %).
+#  7. target_acc in the log is the share of shown images that the teacher puts into the class asked for. With
+#     mixtures it is low, because on average half of a mixture is another image.
+#  8. The preset cifar10 has not been run yet. benchmarks/costs.py counts 32 PFLOP and 1.0 GB for it: half an
 #     hour of a GPU that does 18 TFLOP/s in practice. The teacher's own training is not in it.

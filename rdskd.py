@@ -5,8 +5,8 @@ Pengchao Han, Jihong Park, Shiqiang Wang, Yejun Liu. ICASSP 2021, arXiv 2011.037
 As in DAFL (dafl.py), a generator learns to make images about which the frozen teacher is certain and which
 cover all classes. RDSKD changes three things. First, a diversity loss: where the teacher answers two halves
 of a batch differently, the halves must also differ in their pixels. Second, the losses for certainty and for
-coverage, which pull against each other, have no fixed weights. Each enters as e to the power of its rise
-above an earlier value of its own, so that the one that has risen more counts more. Third, the generator is
+coverage, which pull against each other, enter as e^(loss - an earlier value of that loss): the one that has
+risen more gets the larger gradient. Third, the generator is
 trained alone; then it is fixed, and the student learns from its images.
 
     phase 1    z ──► G ──► images ──► teacher ──► logits ──► certain? all classes? diverse? ──► update G
@@ -20,15 +20,14 @@ Run it
                                                            calculate 80 minutes on a GPU that does 80 TFLOP/s
 
 Copy it
-    The losses work by themselves. Generator needs BadInput and UpsampledConv2d from common.py. For phase 1,
-    train_generator(), and phase 2, distill(), take the rest of that import line, Settings and all functions.
+    A loss works by itself. For train_generator() and distill() take this file without main(), and common.py,
+    where DataSpec, frozen() and the other helpers are.
 
 Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
 x1, x2 the images of the two halves of a batch, P1, P2 the teacher's probabilities for them; CE cross-entropy;
 KL Kullback-Leibler divergence; τ the temperature, which divides the logits.
-Sources: [abstract] the paper's abstract (we did not have the rest); [code] the authors' code,
-PengchaoHan/RDSKD at 8512a9d; [ours] a reconstruction or a choice of this file.
-Where they disagree is listed at the end of the file: "note 3" is the third entry there.
+Sources: [code] the authors' code, PengchaoHan/RDSKD at 8512a9d; [ours] a reconstruction or a choice of this
+file. Of the paper we had the abstract alone. "Note 3" is the third entry at the end of this file.
 """
 import math
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (BadInput, Means, Preset, UpsampledConv2d, build_optimizer, cosine, denormalize, frozen,
-                    guarded, place_like, row_major, set_lr, steps)
+                    place_like, row_major, seeded_and_checked, set_lr, steps)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
 
@@ -54,7 +53,7 @@ class Settings:
     generator_steps: int = 120          # phase 1: steps of the generator in a round
     synthesis_batch_size: int = 512     # phase 1: images per step, both halves together
     latent_dim: int = 1000              # length of the random vector z
-    generator_width: int = 128          # channels of the generator's first layers; the last has half of them
+    generator_width: int = 128          # channels of the generator's first layers; later half of them
     lr_generator: float = 1e-3          # Adam's learning rate for the generator, constant
     oh: float = 1.0                     # weight of one_hot_loss
     ie: float = 1.0                     # weight of information_entropy_loss
@@ -208,7 +207,7 @@ def check(settings):
         raise BadInput(f"--synthesis-batch-size {settings.synthesis_batch_size} must be even")
 
 
-@guarded
+@seeded_and_checked
 def train_generator(teacher, data, settings, run=None):
     """Phase 1: train a generator for `teacher`, from which every student of this teacher can learn.
 
@@ -270,7 +269,7 @@ def learning_rate(lr, schedule, progress):
     return cosine(lr, progress, 1) if schedule == "cosine" else lr
 
 
-@guarded
+@seeded_and_checked
 def distill(teacher, student, data, settings, run=None, generator=None):
     """Train `student` in place on images that a generator makes for `teacher`. No real image is used.
 

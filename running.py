@@ -522,7 +522,10 @@ def _check_folder(options, settings):
     if holds and not options.resume:
         raise BadInput(f"{out} holds a run already; name another folder, or go on with it by --resume")
     if out and Path(out, "log.jsonl").is_file():
-        rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+        rows = []
+        for line in Path(out, "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):          # a row that a kill has cut off
+                rows.append(json.loads(line))
         done = max((row["epoch"] + 1 for row in rows if row.get("event") == "epoch"), default=0)
         if rows and rows[-1].get("event") == "end":
             if settings.epochs <= done or not options.resume:
@@ -889,7 +892,8 @@ class Run(Loop):
         if getattr(self.settings, "surrogate", "") == "leaves":
             drawn += ", which are of the kind that it was trained on"
         if self.test:
-            print(f"last epoch: student {_shown(last)}, teacher {_shown(self.teacher_acc)} on the test images\n"
+            print(f"last epoch: student {_shown(last)}, teacher {_shown(self.teacher_acc)} on the test "
+                  f"images\n"
                   f"agreement with the teacher: {_shown(row['agreement'])} there, {drawn}\n"
                   f"[best epoch, chosen on the test set: {_shown(best)}; calibration error {_shown(ece)}; "
                   f"{row['seconds']:.0f} s]")

@@ -18,11 +18,12 @@ of them just across a boundary between two classes of the teacher.
 
 Run it
     python surrogate_kd.py --dataset digits     three minutes on one core; 95.33 ± 1.03 % (teacher 98.89 %)
-    python surrogate_kd.py --teacher resnet34 --surrogate folder:photos  your own pictures; for a GPU, not run
+    python surrogate_kd.py --teacher resnet34 --surrogate folder:photos    your own pictures, in any
+                                                subfolders; needs a GPU, not run yet
 
 Copy it
-    balanced_pool() and distill(), with the functions above them, are the method; boundary_pairs() is the
-    attack. In the second half of the file, each generator of pictures works alone with the helper above it.
+    A loss works by itself, and so does a generator of pictures with the helper above it. For balanced_pool()
+    and distill() take this file without main(), and common.py, where DataSpec and the other helpers are.
 
 Letters: T teacher; N images in a batch, M pictures in the pool, K classes, D features; an image is C x H x W,
 a square one s x s; τ temperature; λ share of the other picture in mixup. Pixels are values in [0, 1]. The
@@ -48,8 +49,8 @@ from einops import rearrange
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (DATASETS, BadInput, Means, Preset, build_optimizer, cosine, crop_by_offsets, fit_pixels,
-                    frozen, guarded, leaves_images, load_dataset, normalize, recorded_inputs, revisited,
-                    scoring, seeded, set_lr, steps, strokes)
+                    frozen, leaves_images, load_dataset, normalize, recorded_inputs, revisited, scoring,
+                    seeded, seeded_and_checked, set_lr, steps, strokes)
 from running import (Run, command_line, dataset_spec, digest, is_file_name, load_networks, parse,
                      read_classifier, read_file, save_samples)
 
@@ -88,7 +89,7 @@ class Settings:
     boundary_attack: bool = False       # put images from the teacher's boundaries into each batch (note 1)
     attack_share: float = 0.5           # their share of a batch if enough are found; at most 1 (note 4)
     attacks: int = 400                  # how often in a run they are made anew; at most once an epoch
-    attack_target: Literal["pseudo", "random"] = "pseudo"   # push to the pseudo-label, or any other class
+    attack_target: Literal["pseudo", "random"] = "pseudo"   # push to the pseudo-label, or to another class
     attack_step: float = 2.0            # length of the first step, in grey levels of 255
     attack_radius: float = 32.0         # largest change of a pixel, in grey levels of 255
     attack_iterations: int = 20         # largest number of steps for a picture
@@ -143,8 +144,8 @@ PRESETS = {    # for each data set, the first that fits is taken unless --preset
 def fits(settings, flags):
     """Whether the preset with these settings may be chosen, if --preset names none.
 
-    Presets for real pictures fit if --surrogate names a data set or a folder. The others fit if it names a
-    generator or is not given.
+    Presets for real pictures fit if --surrogate names a data set, a folder or a file of images. The others
+    fit if it names a generator or is not given.
     """
     computed = flags.get("surrogate") in (None, *GENERATORS)
     return computed == (settings.surrogate in GENERATORS)
@@ -192,7 +193,7 @@ def evenness(counts):
         E = -Σ_k q_k ln q_k / ln K,   q_k = counts_k / Σ counts
 
     counts (K,), how often each class was predicted -> a float in [0, 1]. It is 1 if all classes are equally
-    frequent and 0 if there is only one. The authors call it relative entropy.
+    frequent and 0 if there is only one. The authors call it relative entropy, which usually means KL.
     """
     share = counts.double() / counts.sum()
     return (0 - torch.xlogy(share, share).sum()).item() / math.log(len(counts))
@@ -279,7 +280,7 @@ def boundary_pairs(classify, pixels, targets, step=2 / 255, radius=32 / 255, ite
 
     classify     pixels in [0, 1] -> logits, by a network in eval mode
     targets      (N,): no image may be in its target class yet
-    -> after (N', C, H, W), before (N', C, H, W), rows (N',) of `pixels`, iterations (N',) of the finds
+    -> after (N', C, H, W), before (N', C, H, W), rows (N',) of `pixels`, the iteration (N',) of each find
     """
     low, high = (pixels - radius).clamp(0, 1), (pixels + radius).clamp(0, 1)
     rows, size = torch.arange(len(pixels), device=pixels.device), torch.full_like(pixels[:, :1, :1, :1], step)
@@ -357,7 +358,7 @@ def attack_pool(attacked, teacher, surrogate, pseudo_labels, data, settings):
 
 
 # ----------------------------------------------------------------- the pool: which pictures are worth keeping
-@guarded
+@seeded_and_checked
 def balanced_pool(teacher, data, settings, draw, available=None, run=None):
     """Keeps equally many pictures of each class that the teacher sees [notes].
 
@@ -509,7 +510,7 @@ def observe(means, answers, loss_kd, student_logits, teacher_logits):
               teacher_entropy=-torch.xlogy(p, p).sum(1).mean())
 
 
-@guarded
+@seeded_and_checked
 def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_labels):
     """Train `student` in place on pictures that are not the teacher's data. No label is used.
 
@@ -942,8 +943,8 @@ if __name__ == "__main__":
 #     0.13 %, noise 34.57 ± 0.35 and 41.12 ± 4.69, Fashion-MNIST's images 90.17 ± 0.15 and 94.45 ± 0.95.
 # 11. Evenness. The authors' function for it was not released; the values that the notes quote fit ours. On
 #     MNIST, sets with about 0.8 or more before balancing gave students within five points of the teacher,
-#     sets with 0.2 to 0.3 more than twenty points below. It is no guarantee: noise has 0.59 and gave 41 %,
-#     a set of only 4,000 fractals has 0.84 and gave 76 %.
+#     sets with 0.2 to 0.3 gave students more than twenty points below it. It is no guarantee: noise has 0.59
+#     and gave 41 %, a set of only 4,000 fractals has 0.84 and gave 76 %.
 # 12. Feature spread. The code prints it beside the evenness. It is the deviation across the features of one
 #     image, and it grows with the size of the features, so there is a second one for vectors of length 1. It
 #     cannot tell whether pictures differ from one another. `pixel_std` in the log can, for the last batch.

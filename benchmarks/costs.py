@@ -1,16 +1,18 @@
 """What every preset costs, before anyone runs it: FLOPs, teacher queries, memory.
 
+    python benchmarks/costs.py "csd.py --teacher resnet34"         # some command
     python benchmarks/costs.py                                     # every preset of every method
-    python benchmarks/costs.py "csd.py --preset cifar10-short"     # some command
     python benchmarks/costs.py --log benchmarks/results/costs.jsonl
 
 One step of each phase runs on a CPU, with 4 images and with 8. PyTorch's FlopCounterMode counts its FLOPs
-(convolutions and matrix products, forward and backward), and autograd's saved tensors tell how much
-memory the step holds until its backward pass. Both grow in a line with the images of a step; steps and
-images are the preset's. Not counted: the teacher's own training (also a self-regulated one), scoring,
-boundary attacks, the drawing of surrogate_kd's pictures, and the generator's weights in the memory.
-Counted in full: all draws that surrogate_kd's --pool-budget allows, CuDFKD's adversarial term from the
-start, and a student's step of plain distillation on every image of regulated_kd.
+(convolutions and matrix products, forward and backward), and autograd's saved tensors tell how much memory
+the step holds until its backward pass. Both grow in a straight line with the images of a step, and the preset
+says how many steps and images there are.
+
+These are not counted: the teacher's own training (also that of a self-regulated teacher), scoring, boundary
+attacks, the drawing of surrogate_kd's pictures, and the generator's weights in the memory. These are counted
+in full, although a run may need less: all draws that surrogate_kd's --pool-budget allows, CuDFKD's
+adversarial term from the start, and a step of plain distillation on every image of regulated_kd.
 """
 import contextlib
 import itertools
@@ -30,16 +32,17 @@ import csd
 import cudfkd
 import dafl
 import deepinversion
-import rdskd
+import plain_inversion
 import race
+import rdskd
 import regulated_kd
 import surrogate_kd
-from common import (VALIDATION, BadInput, DataSpec, ImageSet, Parser, build_model, command_line, frozen,
-                    is_file_name, read_classifier, seeded)
+from common import VALIDATION, BadInput, DataSpec, ImageSet, build_model, frozen, seeded
+from running import Parser, command_line, dataset_spec, is_file_name, read_classifier
 
 FEW, MORE = 4, 8                       # images of a counted step
-MODULES = (csd, cudfkd, dafl, deepinversion, rdskd, regulated_kd, surrogate_kd)
-SETS = {"tiny-imagenet": DataSpec((3, 64, 64), 200, (0.5,) * 3, (0.5,) * 3, 8, True)}
+MODULES = (csd, cudfkd, dafl, deepinversion, plain_inversion, rdskd, regulated_kd, surrogate_kd)
+SETS = {"tiny-imagenet": DataSpec((3, 64, 64), 200, (0.5,) * 3, (0.5,) * 3, 8, True)}    # a folder, elsewhere
 TRAINING_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257}    # else 60,000
 ONE_STEP = dict(epochs=1, student_steps=1, round_steps=1, synthesis_steps=1, low_resolution_steps=0,
                 generator_epochs=1, generator_steps=1, bank_rounds=1, bank_synthesis_steps=1,
@@ -63,21 +66,25 @@ def planned(command):
 
     def stop(options, settings, data, needs=None):
         raise Planned(options, settings, data)
+
+    def spec(options):
+        return SETS.get(options.preset) or dataset_spec(options)
+    fakes = dict(load_networks=stop, dataset_spec=spec, real_pictures=lambda *args: (1, None, ""))
     with contextlib.ExitStack() as patches:
-        for name, fake in (("load_networks", stop), ("real_pictures", lambda *args: (1, None, ""))):
+        for name, fake in fakes.items():
             if hasattr(module, name):
                 patches.enter_context(mock.patch.object(module, name, fake))
         try:
             module.main.__wrapped__([*argv, "--device", "cpu"])
         except Planned as found:
             options, settings, data = found.args
-    return module, options, settings, SETS.get(options.preset, data)
+    return module, options, settings, data
 
 
 def phases_of(module, settings, images):
     """{phase: (steps, images a step)}.   images: of a real set or a pool"""
     s = settings
-    if module is csd:
+    if module in (csd, plain_inversion):
         return {"bank": (s.bank_rounds * s.bank_synthesis_steps, s.synthesis_batch_size),
                 "synthesis": (s.epochs * s.synthesis_steps, s.synthesis_batch_size),
                 "distillation": (s.epochs * s.student_steps, s.batch_size)}
@@ -149,10 +156,10 @@ def step_costs(module, settings, data, names, images):
         teacher.eval()
         meter = Meter(counter, teacher)
         with mock.patch.object(module, "steps", meter.steps):
-            if module is csd:
-                csd.synthesize(teacher, data, tiny, 1)
+            if module in (csd, plain_inversion):
+                module.synthesize_bank(teacher, data, tiny)
                 found["bank"], meter.ended = meter.found["synthesis"], None
-                csd.distill(teacher, student, data, tiny, bank=(pixels, labels))
+                module.distill(teacher, student, data, tiny, bank=(pixels, labels))
             elif module is deepinversion:
                 deepinversion.synthesize(teacher, data, tiny)
                 found["bank"], meter.ended = meter.found["synthesis"], None

@@ -10,36 +10,30 @@ was worth, beside the last epoch and beside the best, which only the test set ca
     last             the last epoch, what the scripts report
     kd-loss          the smallest distillation loss in the log
     agreement        the student that agrees most often with the teacher on the images of all epochs
-    agreement-leaves the same on 2,000 fresh dead leaves of surrogate_kd.py, which no run was shown; for a
-                     run on leaves they are of the kind that it learned from
+    agreement-leaves the same on the 2,000 drawn pictures of common.py, dead leaves that no run was shown; for
+                     a run on leaves they are of the kind that it learned from
     entropy          the epoch whose images the teacher is most certain of (least mean entropy)
     bn-distance      the epoch whose images are nearest to what the teacher's BatchNorm layers remember:
                      CSD's bn_loss. Not for a teacher without BatchNorm
 """
-import functools
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import surrogate_kd
-from common import (BadInput, DataSpec, ImageSet, Parser, agreement, batchnorms, build_model, command_line,
-                    frozen, is_file_name, normalize, number_type, predict, read_classifier, read_file,
-                    recorded_statistics, scoring, seeded, teacher_path)
+from common import (BadInput, ImageSet, agreement, batchnorms, drawn_pictures, frozen, normalize, predict,
+                    recorded_statistics, scoring)
 from csd import bn_loss
 from pictures import read_log
+from running import Parser, command_line, is_file_name, load_classifier, number_type, read_file, teacher_path
 
 
 def load(path):
     """-> the network in a teacher's or a student's file, in eval mode, and its DataSpec"""
-    file = read_classifier(path)
-    data = DataSpec(**file["data"])
-    network = build_model(file["arch"], data.num_classes, data.image_shape)
-    network.load_state_dict(file["weights"])
-    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu"), data
+    network, data = load_classifier(path)
+    return network.to("cuda" if torch.cuda.is_available() else "cpu"), data
 
 
 @torch.no_grad()
@@ -62,7 +56,7 @@ def measures(folder, rows):
     for each in kept:
         each["pixels"] = each["pixels"].to(device)
     own = ImageSet(torch.cat([each["pixels"] for each in kept]), None)
-    leaves = ImageSet(leaves_for(data).to(device), None)
+    leaves = ImageSet(drawn_pictures(data).pixels.to(device), None)
     found = {"last": epochs, "kd-loss": [-row["loss_kd"] for row in rows if row["event"] == "epoch"]}
     for rule, images in (("agreement", own), ("agreement-leaves", leaves)):
         answers, found[rule] = predict(teacher, images, data), []
@@ -74,18 +68,6 @@ def measures(folder, rows):
     if batchnorms(teacher, data):
         found["bn-distance"] = [-bn_distance(teacher, each["pixels"], data) for each in kept]
     return found
-
-
-@functools.cache
-def leaves_for(data):
-    """2,000 dead leaves, as strokes where images are grey, drawn with a seed that no run of ours has.
-
-    -> (2000, C, H, W) uint8
-    """
-    settings = replace(surrogate_kd.SYNTHETIC, strokes=data.image_shape[0] == 1)
-    with seeded(2 ** 31):
-        pixels = surrogate_kd.procedural_pixels("leaves", 2000, data, settings, "cpu")
-    return (255 * pixels.clamp(0, 1)).byte()
 
 
 @command_line

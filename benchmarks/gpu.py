@@ -1,18 +1,16 @@
-"""All that is to be measured on a CUDA machine, in order of worth, within some minutes.
+"""All that is to be measured on a CUDA machine, the most useful first, within some minutes.
 
-    python benchmarks/gpu.py --minutes 30                      # data from data/, downloaded if not there
-    python benchmarks/gpu.py --minutes 30 --pack cifar10.zip   # CIFAR-10 from a file of pack_data.py
-    python benchmarks/gpu.py --list                            # what is done and what is to come
-    python benchmarks/gpu.py --rehearse --minutes 30           # the whole list on a CPU, at a tiny size
+    python benchmarks/gpu.py --minutes 30                # data from data/, downloaded if they are not there
+    python benchmarks/gpu.py --list                      # what is done and what is to come
+    python benchmarks/gpu.py --rehearse --minutes 30     # the whole list on a CPU, at a tiny size
 
-The same command goes on where the last call ended. Before a training it says how long that will take: from
-the log if it was begun before, else the FLOPs that benchmarks/costs.py counts, over the FLOPs a second of ten
-training steps of the two networks, here and now. Trainings that fit into the minutes left come first; then
-those that do not get the rest, and go on next time. A job that fails does not hold up the others, and is
-tried again by the next call.
-
-gpu/keep holds what is worth carrying away, at most 60 MB: logs, pictures, the output of tests and
-measurements; then students and teachers in bf16, as long as there is room.
+The list has the tests, the throughput of each method in three precisions, the teachers, and then short and
+full trainings of every method on CIFAR-10 and MNIST. The same command goes on where the last call ended.
+Before a training it says how long that will take: from the log if the training was begun before, else from
+the FLOPs that benchmarks/costs.py counts and the FLOPs a second of ten training steps of the two networks,
+here and now. Trainings that fit into the minutes left come first. Then those that do not fit get the rest of
+the time, and go on next time. A job that fails does not hold up the others, and is tried again by the next
+call. Everything lies in gpu/: logs, pictures and students in gpu/runs, what was printed in gpu/NAME.out.
 """
 import json
 import shlex
@@ -32,36 +30,38 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import costs
 import race
-from common import (DATASETS, BadInput, Parser, build_model, command_line, device_name, in_bf16, number_type,
-                    read_classifier, require_same, write)
+from common import DATASETS, BadInput, build_model, in_bf16
+from running import Parser, command_line, device_name, number_type, require_same
 
-MOST_MB = 60
 PAIRS = (("wrn40_2", "wrn16_1"), ("resnet34", "resnet18"))
-THREADS = "--threads 4"      # the same on every machine: a checkpoint of another number is refused
 # {method: flags of its short run on CIFAR-10}; the best value for the time first
 SHORT = {"cudfkd": "--preset cifar10-short", "surrogate_kd": "--preset cifar10-short",
+         "plain_inversion": "--preset cifar10",
          "csd": "--preset cifar10-short", "dafl": "--preset cifar10-short",
          "deepinversion": "--preset cifar10-short", "rdskd": "--preset cifar10 --epochs 50",
          "regulated_kd": "--preset cifar10 --epochs 30 --plain-teacher"}
 TINY = {"csd": "--student-steps 2 --synthesis-batch-size 10 --synthesis-steps 2 --bank-rounds 1 "
-               "--bank-synthesis-steps 2", "cudfkd": "--student-steps 10 --synthesis-batch-size 10",
-        "dafl": "--student-steps 2", "deepinversion": "--student-steps 2 --synthesis-batch-size 10 "
-        "--synthesis-steps 2 --initial-batches 1 --pool-batches 2",
+               "--bank-synthesis-steps 2",
+        "plain_inversion": "--student-steps 2 --synthesis-batch-size 10 --synthesis-steps 2 --bank-rounds 1 "
+                           "--bank-synthesis-steps 2",
+        "cudfkd": "--student-steps 10 --synthesis-batch-size 10", "dafl": "--student-steps 2",
+        "deepinversion": "--student-steps 2 --synthesis-batch-size 10 --synthesis-steps 2 "
+                         "--initial-batches 1 --pool-batches 2",
         "rdskd": "--student-steps 2 --generator-epochs 1 --generator-steps 2 --synthesis-batch-size 10",
         "surrogate_kd": "--surrogate noise --pool-images 20", "regulated_kd": "--plain-teacher"}
 
 
 class Job(NamedTuple):
     name: str            # also of its folder or file
-    kind: str            # "once": starts anew after a kill, its output is kept; "teacher", "run": go on
+    kind: str            # "once" starts anew after a kill; "teacher" and "run" go on
     command: list        # without python
     networks: tuple = ()
     dataset: str = "cifar10"
 
 
-def jobs(folder, rehearse, pack=""):
-    """-> the list, in order of worth.   folder: absolute"""
-    dataset, how, pairs, threads = "cifar10", "--precision bf16", PAIRS, THREADS
+def jobs(folder, rehearse):
+    """-> the list, the most useful first.   folder: absolute"""
+    dataset, how, pairs, threads = "cifar10", "--precision bf16", PAIRS, ""
     precisions, more, tests = ("fp32", "tf32", "bf16"), "", "-m pytest -q -n 2"
     if rehearse:
         dataset, how, pairs, threads = "digits", "", (("wrn10_1", "wrn10_1"),), "--threads 1"
@@ -81,17 +81,19 @@ def jobs(folder, rehearse, pack=""):
 
     def add_run(name, script, flags, networks, dataset, *more):
         add(name, "run", f"{script}.py {flags} --student {networks[1]}", [
-            *more, *race.own_stage(script, f"{folder}/made/{name}.pt"), "--out", f"{folder}/runs/{name}",
+            *more, *race.own_stage(script, f"{folder}/made/{name}"), "--out", f"{folder}/runs/{name}",
             "--resume"], networks, dataset)
     for length in ("short",) if rehearse else ("short", "full"):
         for networks in pairs:
             for script, flags in SHORT.items():
+                if (script, length) == ("plain_inversion", "full"):          # its short run is its preset
+                    continue
                 flags = f"{flags if length == 'short' else ''} {how} --eval-every 5"
                 if rehearse:
                     flags = f"--preset digits --epochs 2 --batch-size 8 {TINY[script]}"
                 add_run(f"{script}-{networks[0]}-{length}", script, flags, networks, dataset,
                         "--teacher", files[networks[0]])
-    for script in () if rehearse or pack else ("dafl", "rdskd", "cudfkd"):         # a pack has no MNIST
+    for script in () if rehearse else ("dafl", "rdskd", "cudfkd"):
         for seed in range(5):
             add_run(f"{script}-mnist-{seed}", script, f"--preset mnist --seed {seed}",
                     ("lenet5", "lenet5_half"), "mnist")
@@ -175,39 +177,13 @@ def seconds_of(job, folder, device, speeds):
     return costs.cost(command)["pflop"] * 1e15 / speeds[job.networks]
 
 
-def keep(listed, folder):
-    """Make gpu/keep anew: logs, pictures and output of all jobs, then weights while there is room."""
-    kept = folder / "keep"
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir(parents=True)
-    for path in [*folder.glob("*.txt"), *folder.glob("*.jsonl")]:
-        shutil.copy(path, kept)
-    for job in listed:
-        for path in (folder / "runs" / job.name).glob("*"):
-            if path.name in ("log.jsonl", "samples.png"):
-                shutil.copy(path, kept / f"{job.name}{path.suffix}")
-    for job in sorted(listed, key=lambda job: job.kind):       # the runs' students before the teachers
-        path = folder / "runs" / job.name / "student.pt"
-        if job.kind == "teacher":
-            path = Path(job.command[job.command.index("--out") + 1])
-        if job.kind != "once" and path.exists():
-            content, to = read_classifier(path), kept / f"{job.name}.pt"
-            content["weights"] = {name: value.bfloat16() if value.is_floating_point() else value
-                                  for name, value in content["weights"].items()}
-            write(content, to)
-            if sum(file.stat().st_size for file in kept.iterdir()) > MOST_MB * 2 ** 20:
-                to.unlink()
-
-
-def go(job, folder, pack, left):
+def go(job, folder, left):
     """Run a job for `left` seconds at most.   -> 'done', 'failed', or 'begun' where the time was over"""
-    words = job.command
-    if pack and job.kind != "once" and job.dataset == "cifar10":
-        words = ["benchmarks/pack_data.py", pack, "--run", *words]
     output, failed = folder / f"{job.name}.out", folder / f"{job.name}.failed"
     failed.unlink(missing_ok=True)
     with open(output, "w" if job.kind == "once" else "a") as file:
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *job.command], cwd=ROOT, stdout=file,
+                                   stderr=subprocess.STDOUT)
         try:
             code = process.wait(timeout=left)
         except subprocess.TimeoutExpired:
@@ -232,23 +208,19 @@ def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=number_type(float, True), default=30, help="[30]")
     parser.add_argument("--folder", default="gpu", help="what is made lies there [gpu]")
-    parser.add_argument("--pack", default="", help="a file of benchmarks/pack_data.py instead of data/")
     parser.add_argument("--list", action="store_true", help="say what is done, and stop")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at a tiny size, on digits")
     options = parser.parse_args(argv)
     if not options.rehearse and not options.list and not torch.cuda.is_available():
         raise BadInput("there is no CUDA device here; --rehearse tries the list on a CPU")
-    if options.pack and not Path(options.pack).is_file():
-        raise BadInput(f"there is no pack {options.pack}; make one with: python benchmarks/pack_data.py "
-                       f"{options.pack}")
     device, began = torch.device("cpu" if options.rehearse else "cuda"), time.monotonic()
-    folder, pack = Path(options.folder).resolve(), options.pack and str(Path(options.pack).resolve())
-    listed, speeds, tried = jobs(folder, options.rehearse, pack), {}, {}
+    folder = Path(options.folder).resolve()
+    listed, speeds, tried = jobs(folder, options.rehearse), {}, {}
     table = "\n".join("{:>8s}   {}" for _ in listed)
     if options.list:
         print(table.format(*(text for job in listed for text in (state(job, folder), job.name))))
         return
-    what = dict(rehearse=options.rehearse, pack=bool(pack))
+    what = dict(rehearse=options.rehearse)
     if (folder / "what.json").exists():
         require_same(json.loads((folder / "what.json").read_text()), what, options.folder,
                      "name another --folder, or move this one away")
@@ -277,8 +249,7 @@ def main(argv=None):
                 continue
             about = "" if seconds is None else f": about {seconds / 60:.1f} minutes"
             print(f"{job.name}{about}", flush=True)
-            tried[job.name] = go(job, folder, pack, left())
-            keep(listed, folder)
+            tried[job.name] = go(job, folder, left())
         tried = {name: result for name, result in tried.items() if result != "later"}
     print(table.format(*(text for job in listed for text in (state(job, folder), job.name))))
     if left() <= 1:

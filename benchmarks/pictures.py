@@ -5,23 +5,20 @@
     python benchmarks/pictures.py side-by-side RUN_FOLDER RUN_FOLDER ... --out picture.png
     python benchmarks/pictures.py race benchmarks/results/race-mnist.jsonl --out picture.png
 
-    curriculum     a run of cudfkd.py: how hard the images were, what they weighed, what moved both.
-                   Also takes a log file; of one with several runs, it draws the first.
-    regulation     a run of regulated_kd.py: how many images took part in each epoch, how often each
-                   did, and which were needed most and least.
-    side-by-side   runs on one data set: images of each run in a block of columns, a row a class. Of
-                   regulated_kd.py, which makes none, the real images that were needed most.
-    race           the log of a race: test error after so many seconds of two cores, where two rows or more
-                   were timed, and so many teacher queries; a line a row, the mean over its seeds between
-                   least and most; a colour a preset, its best row unbroken. Runs beside others are not in
-                   the seconds, runs that ask the teacher nothing not in the queries, runs of earlier
-                   presets in neither.
+    curriculum     a run of cudfkd.py: how difficult its images were, what they weighed, and what moves both.
+                   It also takes a log file; of one with several runs, it draws the first.
+    regulation     a run of regulated_kd.py: how many images took part in each epoch, how often each did, and
+                   which were needed most and least. Type it where the run was made, beside checkpoints/.
+    side-by-side   runs on one data set: the images of each run in a block of columns, one row for each class.
+                   For a run of regulated_kd.py, which makes none, the real images that were needed most.
+    race           the log of a race: the student's accuracy on the test images after so many questions to
+                   the teacher, a line for each of the rows that LINES names below. A run that asks the
+                   teacher nothing is left out, and so is one whose preset has become another.
 """
 import functools
+import itertools
 import json
-import re
 import sys
-import tempfile
 from pathlib import Path
 from statistics import mean
 
@@ -29,9 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import table
-from common import BadInput, Parser, command_line, load_dataset, read_file, save_samples
-
-DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))    # of a preset's rows, best first
+from common import BadInput, load_dataset
+from running import Parser, command_line, read_file
 
 
 def read_runs(path):
@@ -40,7 +36,9 @@ def read_runs(path):
     try:
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            runs += [[]] if row["event"] == "start" else []
+            if row["event"] == "start":
+                runs.append([])
+                row = table.as_now(row)
             runs[-1].append(row)
         runs[0]                                                              # at least one
         return runs
@@ -57,24 +55,22 @@ def curriculum(run):
     """-> a matplotlib Figure: difficulty and weight of an epoch's last images, and what moves them."""
     from matplotlib.figure import Figure
     rows = read_log(run)
-    # rows of epochs; in logs of c07d91b quantiles have rows of their own
-    seen, epochs = ([row for row in rows if name in row] for name in ("difficulty", "alpha"))
-    if not seen or not epochs:
+    epochs = [row for row in rows if "difficulty" in row]
+    if not epochs:
         raise BadInput(f"{run} is no run of cudfkd.py, or has no finished epoch")
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    x = [row["epoch"] + 1 for row in seen]
+    x = [row["epoch"] + 1 for row in epochs]
     for axes, name in ((left, "difficulty"), (middle, "weights")):
-        bands, blue = list(zip(*[row[name] for row in seen])), dict(color="tab:blue", linewidth=0)
+        bands, blue = list(zip(*[row[name] for row in epochs])), dict(color="tab:blue", linewidth=0)
         axes.fill_between(x, bands[0], bands[4], alpha=0.2, label="5 to 95 % of the images", **blue)
         axes.fill_between(x, bands[1], bands[3], alpha=0.4, label="25 to 75 %", **blue)
         axes.plot(x, bands[2], color="tab:blue", marker=".", label="median")
     left.set(xlabel="epoch", ylabel="loss ℓ of an image", yscale="log")
     middle.set(xlabel="epoch", ylabel="weight v of its loss", ylim=(-0.02, 1.02))
-    left.plot(x, [row["age"] for row in seen], color="black", linestyle="--", label="age λ")
+    left.plot(x, [row["age"] for row in epochs], color="black", linestyle="--", label="age λ")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    rises = [(row["epoch"] + 1, row["alpha"]) for row in epochs]
-    right.plot(*zip(*rises), color="tab:red", marker=".")
+    right.plot(x, [row["alpha"] for row in epochs], color="tab:red", marker=".")
     right.set_xlabel("epoch")
     right.set_ylabel("α, weight of the adversarial term", color="tab:red")
     scored = [(row["epoch"] + 1, row["student_acc"]) for row in epochs if row["student_acc"] is not None]
@@ -89,28 +85,31 @@ def curriculum(run):
 def needed(run, rows):
     """How often each image of the training set was needed, by the teacher if it regulated itself.
 
-    -> counts (M,), of how many epochs, by whom, ImageSet
+    -> counts (M,), of how many epochs, by whom, {whose: share of the images that took part, by epoch}
     """
     if rows[0]["method"] != "regulated_kd":
         raise BadInput(f"{run} is a run of {rows[0]['method']}.py, not of regulated_kd.py")
-    state, arguments = read_file(Path(run) / "checkpoint.pt", "checkpoint")["state"], rows[0]["arguments"]
-    train, _ = load_dataset(arguments["dataset"], True, arguments["data_dir"])
-    if any(row["event"] == "significance" for row in rows):
-        return state["counts"], arguments["teacher_epochs"], "the teacher", train
-    return state["used"], arguments["epochs"], "the student", train
+    arguments = rows[0]["arguments"]
+    shares = {"student": [row["share"] for row in rows if row["event"] == "epoch"]}
+    for row in rows:
+        if row["event"] == "significance":                     # the teacher's folder, with a log of its own
+            counts = read_file(Path(row["path"], "result.pt"), "self-regulated teacher")["result"][1]
+            shares["teacher"] = [each["share"] for each in read_log(row["path"]) if each["event"] == "round"]
+            return counts, arguments["teacher_epochs"], "the teacher", shares
+    counts = read_file(Path(run) / "checkpoint.pt", "checkpoint")["state"]["used"]
+    return counts, arguments["epochs"], "the student", shares
 
 
 def regulation(run):
     """-> a matplotlib Figure: who took part by epoch, how often, and the most and least needed images."""
     from matplotlib.figure import Figure
     rows = read_log(run)
-    counts, epochs, whose, train = needed(run, rows)
+    counts, epochs, whose, shares = needed(run, rows)
+    train, _ = load_dataset(rows[0]["arguments"]["dataset"], True, rows[0]["arguments"]["data_dir"])
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
-    for label, event in (("student", "epoch"), ("teacher", "significance")):
-        shares = [100 * row["share"] for row in rows if row["event"] == event and "share" in row]
-        if shares:
-            left.plot(range(1, len(shares) + 1), shares, marker=".", label=label)
+    for label, values in shares.items():
+        left.plot(range(1, len(values) + 1), [100 * value for value in values], marker=".", label=label)
     left.set(xlabel="epoch", ylabel="images that take part, %", ylim=(0, None))
     left.legend(fontsize=7)
     middle.hist(counts.numpy(), bins=torch.arange(-0.5, epochs + 1).tolist(), color="tab:blue")
@@ -130,31 +129,21 @@ def regulation(run):
 
 
 # ---------------------------------------------------------------------------------------------- all methods
-def samples(run, rows):
-    """samples.png of a run, or the most needed images of regulated_kd.py in the same form."""
+def samples(run):
+    """The picture samples.png of a run."""
     from PIL import Image
     path = Path(run, "samples.png")
-    if rows[0]["method"] != "regulated_kd":
-        try:
-            return Image.open(path).convert("RGB")
-        except OSError:
-            raise BadInput(f"{path} is no picture; side-by-side takes folders of finished runs") from None
-    counts, _, _, train = needed(run, rows)
-    order = counts.argsort(stable=True, descending=True)
-    labels, shown = train.labels[order], torch.zeros(len(order), dtype=torch.bool)
-    for label in labels.unique():
-        shown[(labels == label).nonzero()[:8, 0]] = True
-    with tempfile.TemporaryDirectory() as folder:
-        save_samples(Path(folder, "s.png"), train.pixels[order[shown]] / train.scale, labels[shown],
-                     int(labels.max()) + 1)
-        return Image.open(Path(folder, "s.png")).convert("RGB")
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError:
+        raise BadInput(f"{path} is no picture; side-by-side takes folders of finished runs") from None
 
 
 def side_by_side(runs, each=4):
     """-> a PIL picture: the first `each` images of a class of each run, its method's name above."""
     from PIL import Image, ImageDraw
     logs = [read_log(run) for run in runs]
-    sheets = [samples(run, rows) for run, rows in zip(runs, logs)]
+    sheets = [samples(run) for run in runs]
     if len({sheet.size for sheet in sheets}) > 1:
         raise BadInput("the runs' images differ in size or number of classes; name runs on one data set")
     # as common.save_samples draws them: labels, 24 pixels wide, then 8 images a row with 2 pixels around each
@@ -169,57 +158,87 @@ def side_by_side(runs, each=4):
     return picture
 
 
-def race(log):
-    """-> a matplotlib Figure: test error against seconds, and against teacher queries."""
-    import matplotlib.ticker
-    from matplotlib.figure import Figure
-    lines = {}                                      # {name: [a seed's (seconds, queries, error) by epoch]}
+# {race: {row: its name in the figure}}; of another race all rows are drawn, by their own names
+LINES = {
+    "cifar10": {"real-kd": "the training images", "plain-inversion-2h-bf16": "plain inversion, two hours",
+                "surrogate-cifar100": "photographs of other things", "plain-inversion": "plain inversion",
+                "csd": "CSD", "cudfkd": "CuDFKD", "surrogate-generator": "drawn pictures", "dafl": "DAFL"},
+    "mnist": {"real-kd": "the training images", "surrogate-leaves": "drawn pictures", "rdskd": "RDSKD",
+              "cudfkd": "CuDFKD", "dafl": "DAFL", "dafl-authors-32": "DAFL, the authors' numbers",
+              "csd": "CSD", "zskd": "ZSKD"},
+}
+
+
+def scores_of(log):
+    """-> {row of the race: its runs, each a list of (teacher queries, accuracy in %) by epoch}"""
+    lines = {}
     for run in read_runs(log):
-        start = {**run[0], "made": ""}
-        if table.of_earlier_preset(start):
+        start = run[0]
+        if "stage" in start or table.of_earlier_preset(start):
             continue
-        points, spent, timed = [], 0.0, table.on_two_cores(run)
-        for row in run:
-            spent += sum(value for name, value in row.items() if name.startswith("seconds_"))
-            if row["event"] == "epoch" and row.get("student_acc") is not None and "teacher_queries" in row:
-                time = spent if timed else None
-                points.append((time, row["teacher_queries"], 100 - 100 * row["student_acc"]))
+        if not table.race_row(start):
+            raise BadInput(f"{log} has a run that is no race's; name a log that benchmarks/race.py made")
+        race, row = table.race_row(start)
+        points = [(each["teacher_queries"], 100 * each["student_acc"]) for each in run
+                  if each["event"] == "epoch" and each.get("student_acc") is not None]
         if not points:
             raise BadInput(f"{log} has a run without a scored epoch; name the log of a race")
-        group = table.race_group(start)
-        method = group.method + re.sub(".*-cpu", "", f"-{group.preset}")     # csd, csd-plain, dafl-mnist
-        name = " ".join([method, *(flag for name, flag in group.changed if name != "dataset")])
-        lines.setdefault(name, []).append(points)
-    lines = dict(sorted(lines.items(), key=lambda line: mean(points[-1][2] for points in line[1])))
-    timed = sum(any(points[0][0] is not None for points in runs) for runs in lines.values()) > 1
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle(f"{group.preset.partition('-')[0]}: students of one teacher", fontsize=10)
-    panels = [*figure.subplots(1, 2, sharey=True)] if timed else [None, figure.subplots()]
-    colors, seen, named = matplotlib.colormaps["tab10"].colors, {}, {}          # seen: {preset: its rows}
-    for name, runs in lines.items():
-        preset = name.split()[0]
-        seen[preset] = seen.get(preset, 0) + 1
-        color, dash = colors[[*seen].index(preset) % 10], DASHES[(seen[preset] - 1) % len(DASHES)]
-        for place, axes in enumerate(panels):
-            chosen = [points for points in runs if points[0][place] is not None]
-            if not axes or not chosen or not chosen[0][-1][place]:           # labels ask the teacher nothing
-                continue
-            x, errors = ([[point[which] for point in points] for points in zip(*chosen)]
-                         for which in (place, 2))                            # a list of seeds an epoch
-            named[name], = axes.plot([*map(mean, x)], [*map(mean, errors)], color=color, linestyle=dash,
-                                     label=f"{name}, runs: {len(runs)}", linewidth=1.2)
-            axes.fill_between([*map(mean, x)], [*map(min, errors)], [*map(max, errors)], alpha=0.15,
-                              color=color, linewidth=0)
-    for axes, label in zip(panels, ("seconds of two cores (timed runs)", "teacher queries")):
-        if axes:
-            axes.set(xlabel=label, xscale="log", yscale="log")
-            axes.grid(alpha=0.3)
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))             # 500k, 1M
-                axis.set_minor_formatter("")
-    panels[not timed].set_ylabel("student's test error, %")
-    figure.legend(handles=[*named.values()], loc="outside lower center", ncols=2, fontsize=8)
+        if row in LINES.get(race, [row]) and points[-1][0]:          # labels alone ask the teacher nothing
+            lines.setdefault(LINES.get(race, {}).get(row, row), []).append(points)
+    return lines
+
+
+def apart(places, gap):
+    """Numbers, moved as little as needed until neighbours are `gap` apart; their order stays."""
+    groups = []
+    for place in sorted(places):
+        groups.append([place])
+        while len(groups) > 1 and (mean(groups[-1]) - mean(groups[-2])
+                                   < gap * (len(groups[-1]) + len(groups[-2])) / 2):
+            last = groups.pop()
+            groups[-1] += last
+    moved = [mean(group) + gap * (number - (len(group) - 1) / 2)
+             for group in groups for number in range(len(group))]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return [place for _, place in sorted(zip(order, moved))]
+
+
+def race(log):
+    """-> a matplotlib Figure: accuracy against teacher queries, each line with its name at its end.
+
+    A line is the mean over a row's seeds, in the middle between the worst and the best one. Where the best
+    row is above 95 %, the error is drawn, on a logarithmic scale.
+    """
+    import matplotlib.ticker
+    from matplotlib.figure import Figure
+    lines = scores_of(log)
+    as_error = max(mean(points[-1][1] for points in runs) for runs in lines.values()) > 95
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    ends, colors = [], matplotlib.colormaps["tab10"].colors
+    for color, (name, runs) in zip(itertools.cycle(colors), lines.items()):
+        epochs = [*zip(*runs)]                                           # of each epoch, a point a seed
+        x = [mean(queries for queries, _ in points) for points in epochs]
+        y = [[100 - score if as_error else score for _, score in points] for points in epochs]
+        axes.plot(x, [*map(mean, y)], color=color, linewidth=1.8)
+        axes.fill_between(x, [*map(min, y)], [*map(max, y)], color=color, alpha=0.12, linewidth=0)
+        ends.append((name, x[-1], mean(y[-1]), color))
+    axes.set(xscale="log", yscale="log" if as_error else "linear",
+             xlabel="images that the teacher was asked about",
+             ylabel=f"student's {'error' if as_error else 'accuracy'} on the test images, %")
+    for axis in (axes.xaxis, axes.yaxis)[:2 if as_error else 1]:
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))                     # 500k, 1M
+        axis.set_minor_formatter("")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    # the names stand in a column at the right, beside the ends of their lines as far as there is room
+    places = axes.transAxes.inverted().transform(axes.transData.transform([end[1:3] for end in ends]))[:, 1]
+    for (name, x, y, color), place in zip(ends, apart([*places], 0.05)):
+        axes.annotate(name, (x, y), (1.02, place), textcoords="axes fraction", color=color, va="center",
+                      fontsize=10, arrowprops=dict(arrowstyle="-", color=color, linewidth=0.7, alpha=0.6,
+                                                   linestyle=":", relpos=(0, 0.5), shrinkA=1, shrinkB=1))
+        axes.plot(x, y, marker="o", markersize=4, color=color)
     return figure
 
 

@@ -2,15 +2,15 @@
 
     python benchmarks/race.py cifar10                    # seed 0 of every row first, then the other seeds
     python benchmarks/race.py cifar10 --only csd cudfkd  # some rows
-    python benchmarks/race.py cifar10 --list             # what is finished, begun, to do, and its command
+    python benchmarks/race.py cifar10 --list             # what is finished, begun or to do, and its command
     python benchmarks/race.py cifar10 --jobs 14          # 14 runs at a time, a thread each; not timed
 
-A run that stands in the logs of results/ is skipped, unless its preset has become another since: then move
-runs/race-NAME/ROW-seedN and its file in checkpoints/race-NAME/ away first. --list prints a row's command, to
-repeat it by itself. A run that was killed goes on from its last epoch: call the same again. A run that ends
-is added to results/race-NAME.jsonl; that file is to be committed, and `python benchmarks/table.py --write`
-puts it into the tables. The rows are the table RACES below; one whose flags change gets another name. The
-protocol is in benchmarks/README.md.
+A run that stands in the logs of results/ is skipped, unless its preset has become another since. Then move
+runs/race-NAME/ROW-seedN and its folder in checkpoints/race-NAME/ away first. --list prints the command of
+each row, with which one repeats it by itself. A run that was killed goes on from its last epoch when the same
+command is typed again. A run that ends is added to results/race-NAME.jsonl, after the logs of what was made
+for it. Commit that file; `python benchmarks/table.py --write` puts it into the tables. The rows are the table
+RACES below. A row whose flags change gets another name. The protocol is in benchmarks/README.md.
 """
 import contextlib
 import json
@@ -21,16 +21,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import table
-from common import BadInput, Parser, command_line, number_type
+from common import BadInput
+from running import Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHERS = {**dict.fromkeys(("cifar10", "cifar10-ledger"), ("cifar10-val", "wrn16_2")),  # set, network
-            **dict.fromkeys(("mnist", "mnist-ledger"), ("mnist-val", "lenet5"))}
+TEACHERS = {**dict.fromkeys(("cifar10", "cifar10-readings"), ("cifar10-val", "wrn16_2")),  # set, network
+            **dict.fromkeys(("mnist", "mnist-readings"), ("mnist-val", "lenet5"))}
 READINGS = {    # {row: flags}: other readings of paper and code, beside the rows of a race
     "csd-raw-head": "--raw-head",
     "csd-without": "--csd 0",
     "csd-adversarial": "--csd 0 --adversarial 1",
-    "csd-kept": "--keep-generator",
     "cudfkd-batch": "--granularity batch",
     "cudfkd-no-curriculum": "--curriculum none",
     "cudfkd-no-ramp": "--no-ramp",
@@ -42,7 +42,7 @@ READINGS = {    # {row: flags}: other readings of paper and code, beside the row
 RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
     "cifar10": {
         "csd": "csd.py --preset cifar10-cpu",
-        "csd-plain": "csd.py --preset cifar10-cpu-plain",
+        "plain-inversion": "plain_inversion.py --preset cifar10-cpu",
         "cudfkd": "cudfkd.py --preset cifar10-cpu",
         "deepinversion": "deepinversion.py --preset cifar10-cpu",
         "dafl": "dafl.py --preset cifar10-cpu",
@@ -54,11 +54,13 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "real-kd": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode kd",
         "real-regulated": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode regulated",
         "real-labels": "regulated_kd.py --preset cifar10-cpu --plain-teacher --mode ce",
-        "csd-plain-2h": "csd.py --preset cifar10-cpu-plain --bank-rounds 300 --epochs 30 --precision bf16",
+        "plain-inversion-2h":
+            "plain_inversion.py --preset cifar10-cpu --bank-rounds 300 --epochs 30 --precision bf16",
         "cudfkd-2h": "cudfkd.py --preset cifar10-cpu --epochs 51",
-        "csd-plain-bf16": "csd.py --preset cifar10-cpu-plain --bank-rounds 200 --epochs 20 --precision bf16",
-        "csd-plain-2h-bf16":
-            "csd.py --preset cifar10-cpu-plain --bank-rounds 600 --epochs 60 --precision bf16",
+        "plain-inversion-bf16":
+            "plain_inversion.py --preset cifar10-cpu --bank-rounds 200 --epochs 20 --precision bf16",
+        "plain-inversion-2h-bf16":
+            "plain_inversion.py --preset cifar10-cpu --bank-rounds 600 --epochs 60 --precision bf16",
         "surrogate-cifar100-bf16": "surrogate_kd.py --preset cifar10-cpu-real --epochs 36 --precision bf16 "
                                    "--surrogate folder:data/cifar100-jpeg",
     },
@@ -80,31 +82,35 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
         "dafl-authors": "dafl.py --preset mnist",
         "dafl-authors-32": "dafl.py --preset mnist --generator-width 32 --precision bf16",
     },
-    **{f"{name}-ledger": {row: f"{row.partition('-')[0]}.py --preset {name}-cpu {flags}"
-                          for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},
+    **{f"{name}-readings": {row: f"{row.partition('-')[0]}.py --preset {name}-cpu {flags}"
+                            for row, flags in READINGS.items()} for name in ("cifar10", "mnist")},
 }
-RACES["cifar10-ledger"].update({
+RACES["cifar10-readings"].update({
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })
-STAGES = {"csd": "bank", "deepinversion": "pool", "rdskd": "generator", "surrogate_kd": "pool",
-          "regulated_kd": "significance", "zskd": "pool"}
+STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",
+          "surrogate_kd": "pool", "regulated_kd": "significance", "zskd": "pool"}
 
 
-def own_stage(script, path):
-    """Flags that keep what a run makes first in a file of its own, apart from runs with other settings."""
-    return [f"--{STAGES[script]}", str(path)] if script in STAGES else []
+def own_stage(script, folder):
+    """Flags that keep what a run makes first in a folder of its own, apart from runs with other settings."""
+    return [f"--{STAGES[script]}", str(folder)] if script in STAGES else []
+
+
+def log_of(folder):
+    """The text of the log in a run folder or a stage's folder, empty if there is none."""
+    path = ROOT / folder / "log.jsonl"
+    return path.read_text() if path.exists() else ""
 
 
 def rows_of(folder):
-    """The rows of a run's log, none if there is no log."""
-    path = ROOT / folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in log_of(folder).splitlines()]
 
 
 def counts(run):
     """Has this run ended, and is its preset still what it was?"""
-    return bool(run) and run[-1]["event"] == "end" and not table.of_earlier_preset({"made": "", **run[0]})
+    return bool(run) and run[-1]["event"] == "end" and not table.of_earlier_preset(run[0])
 
 
 @command_line
@@ -125,8 +131,7 @@ def main(argv=None):
     if not options.list and not (ROOT / teacher).exists():
         raise BadInput(f"the race's teacher is not there; train it with: python common.py --model {network} "
                        f"--dataset {dataset} --out {teacher}")
-    logged = {run[0]["arguments"]["out"] for run in table.read()[0]
-              if not run[0]["made"] and counts(run)}
+    logged = {run[0]["arguments"]["out"] for run in table.read()[0] if table.race_row(run[0]) and counts(run)}
     todo, threads = [], "2" if options.jobs == 1 else "1"
     for seed in options.seeds:
         for row in options.only or commands:
@@ -136,7 +141,7 @@ def main(argv=None):
             flags += ["--teacher", teacher, "--seed", str(seed), "--threads", threads]
             print(f"{row:>20s}  seed {seed}  {state:8s}  python {script} {' '.join(flags)}", flush=True)
             if not options.list and out not in logged:
-                flags += own_stage(Path(script).stem, f"checkpoints/{name}.pt")
+                flags += own_stage(Path(script).stem, f"checkpoints/{name}")
                 todo.append((out, [script, *flags, "--keep-epochs", "--out", out, "--resume"]))
 
     def go(job):
@@ -154,8 +159,9 @@ def main(argv=None):
             if not ended:
                 failed.append(out)
                 continue
+            stages = [row["path"] for row in rows_of(out) if "sha256" in row]
             with open(table.RESULTS / f"race-{options.race}.jsonl", "a") as file:
-                file.write((ROOT / out / "log.jsonl").read_text())
+                file.write("".join(map(log_of, [*stages, out])))
     if failed:
         raise BadInput(f"{', '.join(failed)} did not end; see above"
                        + f", and {failed[0]}.txt" * (options.jobs > 1))

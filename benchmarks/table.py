@@ -1,16 +1,16 @@
 """The result tables, made from the committed logs and nothing else.
 
-    python benchmarks/table.py            # print the tables of benchmarks/README.md
-    python benchmarks/table.py --write    # put them into that page, between its markers
-    python benchmarks/table.py --front    # print the front page's: the race on CIFAR-10 in fewer columns
+    python benchmarks/table.py            # print the tables of benchmarks/TABLES.md
+    python benchmarks/table.py --write    # put them into that page, and the short one into the front page
+    python benchmarks/table.py --front    # print the front page's table
 
-A file in results/ holds whole runs, one after another: a start row, rows of epochs and stages, an end row.
-A row with a "variant" is a measurement by itself. Runs share a row of a table if they differ in nothing but
-the seed. What a run was is read in its start row; the name of its file does not matter.
+A file in results/ holds whole runs, one after another: a start row, rows of stages and epochs, an end row. A
+row with a "variant" is a measurement by itself. What a run was is read in its start row; the name of its file
+does not matter.
 
-Logs of the present code lie in results/ itself; where a run left its preset is seen by the preset as it is
-now. Logs of an older commit lie in a folder named after it, with that commit's presets. The two never share
-a row, because their random streams differ; of a row that the present code has repeated only that is shown.
+Runs share a row of a table if they differ in nothing but the seed. A row's flags are the settings in which
+its runs differ from their preset *as it is now*. So if a preset changes, its older runs show the old numbers
+as flags.
 """
 import argparse
 import dataclasses
@@ -23,28 +23,49 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-PAGE, RESULTS = (Path(__file__).resolve().with_name(name) for name in ("README.md", "results"))
-FRONT = PAGE.parent.parent / "README.md"
-MARKERS = re.compile(r"(<!-- \w+: python benchmarks/table.py(?: --front)? -->\n).*?(<!-- end -->)", re.S)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS, PAGE, FRONT = ROOT / "benchmarks/results", ROOT / "benchmarks/TABLES.md", ROOT / "README.md"
+MARKERS = re.compile(r"(<!-- ([^:>]+): python benchmarks/table.py[^>]*-->\n).*?(<!-- end -->)", re.S)
 OF_ANY_RUN = {"dataset": None, "device": "cpu", "precision": "fp32"}   # results depend on these, too
-OLD_PRESETS = {path.parent.name: json.loads(path.read_text()) for path in RESULTS.glob("*/presets.json")}
+# Settings that are younger than some logs, with what the code did before it had them.
+YOUNG = dict(visits=1, mixup=False, keep_generator=False)
+# Settings that a script no longer has, with the value that it now takes always. Old logs have them.
+GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
+        "plain_inversion": dict(adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
+                                raw_head=False, fresh_head_optimizer=False, teacher_last_map="",
+                                student_last_map=""),
+        "surrogate_kd": dict(deeper_radius=16.0)}
 
 
 # ------------------------------------------------------------------------- logs, and what makes one row
+def as_now(start):
+    """A start row in today's names.
+
+    Until commit b9db535, plain_inversion.py was a preset of csd.py, and a race's other readings of paper and
+    code were called its ledger. A stage (CSD's bank) has no preset and no `out`.
+    """
+    if "stage" in start:
+        return start
+    arguments = dict(start["arguments"])
+    out = arguments["out"].replace("-ledger/", "-readings/").replace("/csd-plain", "/plain-inversion")
+    if (start["method"], arguments["preset"]) == ("csd", "cifar10-cpu-plain"):
+        start, arguments["preset"] = {**start, "method": "plain_inversion"}, "cifar10-cpu"
+    return {**start, "arguments": {**arguments, "out": out}}
+
+
 def read(folder=RESULTS):
-    """-> (runs, each the list of its rows; measurements). A row's "made" is its older commit, or ""."""
+    """-> (runs of students, each the list of its rows; measurements)"""
     runs, measurements = [], []
-    for path in sorted(folder.rglob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = {**json.loads(line), "made": "" if path.parent == folder else path.parent.name}
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
             if "variant" in row:
                 measurements.append(row)
             elif row["event"] == "start":
-                runs.append([row])
+                runs.append([as_now(row)])
             else:
                 runs[-1].append(row)
-    return runs, measurements
+    return [run for run in runs if "stage" not in run[0]], measurements
 
 
 def typed(name, value):
@@ -57,10 +78,9 @@ def typed(name, value):
 
 @functools.cache
 def presets_of(method):
-    """The presets as they are now: a run that was made with other numbers shows them as its flags."""
-    presets = importlib.import_module(method).PRESETS.items()
-    return {name: {key: value for key, value in sorted(dataclasses.asdict(preset).items()) if key != "seed"}
-            for name, preset in presets}
+    """{preset: {setting: value}}, as they are now, with the preset's data set and without the seed."""
+    return {name: {**GONE.get(method, {}), **dataclasses.asdict(preset.settings), "dataset": preset.dataset}
+            for name, preset in importlib.import_module(method).PRESETS.items()}
 
 
 class Group(NamedTuple):
@@ -69,25 +89,29 @@ class Group(NamedTuple):
     method: str
     changed: tuple              # ((setting, as it would be typed), ...): where the runs leave their preset
     networks: str
-    made: str
+    older: bool                 # of c07d91b or before: random numbers were drawn in another order
 
     name = property(lambda self: f"{self.method}, {self.preset}")
 
     def flags(self, *in_other_columns):
-        text = " ".join(flag for name, flag in self.changed if name not in in_other_columns)
-        return f"`{text}`" if text else "-"
+        """The flags as one types them. ¹ marks a flag that the script no longer has."""
+        changed = [(name, flag) for name, flag in self.changed if name not in in_other_columns]
+        text = " ".join(flag for _, flag in changed)
+        gone = any(name in GONE.get(self.method, {}) for name, _ in changed)
+        return f"`{text}`" + " ¹" * gone if text else "-"
 
 
 def group_of(start):
-    arguments, method, made = start["arguments"], start["method"], start["made"]
-    usual = OLD_PRESETS[made][method] if made else presets_of(method)
-    usual = usual[arguments["preset"]]
-    changed = {name: arguments[name] for name in usual if arguments.get(name, usual[name]) != usual[name]}
-    usual = {**OF_ANY_RUN, "dataset": arguments["preset"].partition("-")[0]}
-    changed.update({name: arguments[name] for name, value in usual.items() if arguments[name] != value})
-    changed = tuple((name, typed(name, value)) for name, value in changed.items())
+    method = start["method"]
+    arguments = {**YOUNG, **GONE.get(method, {}), **start["arguments"]}
+    usual = presets_of(method)[arguments["preset"]]
+    changed = [(name, arguments[name]) for name in sorted({*usual} - {"seed", "dataset"})
+               if arguments[name] != usual[name]]
+    usual = {**OF_ANY_RUN, "dataset": usual["dataset"]}
+    changed += [(name, arguments[name]) for name, value in usual.items() if arguments[name] != value]
+    changed = tuple((name, typed(name, value)) for name, value in changed)
     networks = f"{arguments['teacher']} → {arguments['student']}"
-    return Group(arguments["preset"], method, changed, networks, made)
+    return Group(arguments["preset"], method, changed, networks, "changed" not in start)
 
 
 def grouped(runs):
@@ -100,22 +124,20 @@ def grouped(runs):
 
 
 def of_now(groups):
-    """The groups without those of an older commit that the present code has repeated."""
-    def setting(group):
-        return group.method, group.preset, group.networks, *sorted(group.changed)
-    repeated = {setting(group) for group in groups if not group.made}
-    return {group: runs for group, runs in groups.items() if not group.made or setting(group) not in repeated}
+    """The groups without older ones that the present code has repeated."""
+    return {group: runs for group, runs in groups.items()
+            if not group.older or group._replace(older=False) not in groups}
 
 
 # ------------------------------------------------------------------------------------------------- cells
-def spread(values):
+def spread(values, digits=2):
     """'96.11 ± 0.32' of fractions, in percent; the standard deviation is the sample's."""
     values = [100 * value for value in values]
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def of_end(runs, name="student_acc_last"):
-    return spread([run[-1][name] for run in runs])
+def of_end(runs, name="student_acc_last", digits=2):
+    return spread([run[-1][name] for run in runs], digits)
 
 
 def events(runs, event):
@@ -134,22 +156,23 @@ def teacher(runs):
     return ", ".join(sorted({of_end([run], "teacher_acc") for run in runs}))
 
 
-def seconds(runs, *phases):
-    """Mean over the runs: of these phases, or of everything. - where there is no run."""
-    if not phases:
-        return f"{mean(run[-1]['seconds'] for run in runs):.0f}" if runs else "-"
-    return f"{sum(row.get(phase) or 0 for run in runs for row in run for phase in phases) / len(runs):.0f}"
+def seconds(runs):
+    """Mean over the runs, of everything but a usual teacher's training. - where there is no run."""
+    return f"{mean(run[-1]['seconds'] for run in runs):.0f}" if runs else "-"
 
 
-def made_at(rows):
-    return ", ".join(sorted({f"`{row['made'] or row.get('commit') or '-'}`" for row in rows}))
+def seconds_of(runs, phase, event=None):
+    """Mean over the runs, of one phase; also of a stage that has a folder and a log of its own."""
+    rows = [row for run in runs for row in run]
+    total = sum(row.get(f"seconds_{phase}") or 0 for row in rows)
+    total += sum(row["seconds"] for row in rows if row["event"] == event and "sha256" in row)
+    return f"{total / len(runs):.0f}"
 
 
 def origin(runs):
     """The last columns of a table of runs."""
-    starts = [run[0] for run in runs]
-    return {"seeds": ", ".join(str(row["arguments"]["seed"]) for row in starts),
-            "machine": "; ".join(sorted({row["device"] for row in starts})), "made at": made_at(starts)}
+    return {"seeds": ", ".join(str(run[0]["arguments"]["seed"]) for run in runs),
+            "machine": "; ".join(sorted({run[0]["device"] for run in runs}))}
 
 
 def table(rows):
@@ -159,7 +182,105 @@ def table(rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ---------------------------------------------------------------------------------------------- races
+def race_row(start):
+    """-> which row of which race the run was made for, e.g. ("cifar10", "csd"), or None"""
+    found = re.fullmatch(r".*\brace-([^/]+)/(.+)-seed\d+", start["arguments"]["out"])
+    return found and found.groups()
+
+
+def race_group(start):
+    """A race counts steps, so its rows do not part by machine. bf16 and fp32 are rows apart, as elsewhere."""
+    group = group_of(start)
+    changed = (pair for pair in group.changed if pair[0] != "device" and pair[1] != "--precision tf32")
+    return group._replace(changed=tuple(changed))
+
+
+def of_earlier_preset(start):
+    """Did this run's preset hold other numbers than it does now?"""
+    return {name for name, _ in group_of(start).changed} - {*OF_ANY_RUN} != {*start["changed"]}
+
+
+def on_two_cores(run):
+    """Are this run's seconds a race's? Of several at a time, each had one thread or a share of a GPU."""
+    return run[0]["device"].endswith(", 2 threads")
+
+
+def race_tables(groups, measurements):
+    """-> {title: rows}: the runs of benchmarks/race.py by data set, and the trials that chose their settings.
+
+    The groups that are in these tables leave `groups`.
+    """
+    costs = {(row["method"], row["preset"], *sorted(typed(*flag) for flag in row["changed"].items())):
+             row["pflop"] for row in measurements if row["variant"] == "cost"}
+    races, trials, merged = {}, {}, {}
+    for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]
+                  or race_row(runs[0][0])]:                    # also a race's row with authors' numbers
+        runs = groups.pop(group)
+        merged.setdefault(race_group(runs[0][0]), []).extend(runs)
+    for group, runs in merged.items():
+        runs, start = sorted(runs, key=lambda run: run[0]["arguments"]["seed"]), runs[0][0]
+        arguments, line = start["arguments"], {"method, preset": group.name, "flags": group.flags("dataset")}
+        if arguments["dataset"].endswith("-val"):
+            on_cpu = [run for run in runs if run[0]["arguments"]["device"] == "cpu"]
+            trials.setdefault(f"trials on {arguments['dataset']}", []).append({
+                **line, "of the validation images": f"**{of_end(runs)}**",
+                "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU": seconds(on_cpu),
+                **origin(runs)})
+            continue
+        flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
+        pflop = costs.get((group.method, group.preset, *flags))
+        score = mean(run[-1]["student_acc_last"] for run in runs)
+        reading = "-readings/" in arguments["out"] or of_earlier_preset(start)
+        title = f"race on {arguments['dataset']}" + ", other readings" * reading
+        races.setdefault(title, []).append((-score, {
+            **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
+            "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
+            "agreement with the teacher": of_end(runs, "agreement"), "calibration error": of_end(runs, "ece"),
+            "runs with a collapse": collapsed(runs),
+            "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
+            "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}",
+            "seconds of two cores": seconds([*filter(on_two_cores, runs)]), **origin(runs)}))
+    found = {title: [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+             for title, lines in sorted(races.items())}
+    return {**found, **trials}
+
+
+# The front page's rows: the file, the flag that tells its rows apart, the paper, what it needs, the row of
+# the race on CIFAR-10, and the row with more steps.
+ON_FRONT = (
+    ("regulated_kd", " `--mode kd`", "plain distillation, for comparison", "all training images",
+     "real-kd", ""),
+    ("regulated_kd", "", "Self-Regulated Learning, 2021", "all training images and labels",
+     "real-regulated", ""),
+    ("surrogate_kd", "", "What Makes a Good Dataset for KD?, CVPR 2025", "photographs of other things",
+     "surrogate-cifar100", "surrogate-cifar100-bf16"),
+    ("plain_inversion", "", "ours", "a teacher, best with BatchNorm", "plain-inversion",
+     "plain-inversion-2h-bf16"),
+    ("csd", "", "Customizing Synthetic Data, ICME 2023", "a teacher, best with BatchNorm", "csd", ""),
+    ("cudfkd", "", "Easy-to-Hard, Inf. Sci. 2023", "a teacher, best with BatchNorm", "cudfkd", "cudfkd-2h"),
+    ("surrogate_kd", "", "the same, on pictures that a program draws", "only the teacher's answers",
+     "surrogate-generator", ""),
+    ("deepinversion", "", "Dreaming to Distill, CVPR 2020", "a teacher with BatchNorm", "deepinversion", ""),
+    ("rdskd", "", "Robustness and Diversity, ICASSP 2021", "a teacher", "rdskd", ""),
+    ("dafl", "", "Data-Free Learning of Student Networks, ICCV 2019", "a teacher with a linear layer", "dafl",
+     ""),
+)
+
+
+def front_table(runs):
+    """The race on CIFAR-10 for the front page: one result a cell, with one digit after the point."""
+    found = {}
+    for run in runs:
+        if race_row(run[0]) and not of_earlier_preset(run[0]):
+            found.setdefault(race_row(run[0]), []).append(run)
+    for method, flag, paper, needs, row, longer in ON_FRONT:
+        yield {"file": f"[`{method}.py`]({method}.py){flag}", "paper": paper, "what it needs from you": needs,
+               "student, %": of_end(found["cifar10", row], digits=1),
+               "more steps": of_end(found["cifar10", longer], digits=1) if longer else ""}
+
+
+# --------------------------------------------------------------------------------------- other tables of runs
 def main_table(groups):
     for group, runs in groups.items():
         if group.method in ("regulated_kd", "surrogate_kd"):                # these two use images
@@ -192,7 +313,8 @@ def regulation_table(groups):
         images = [round(row["sample_uses"] / row["data_fraction"] / (row["epoch"] + 1)) for row in last]
         trained = "usual" if settings["plain_teacher"] else "self-regulated"
         used = "queued" if settings["queue"] else "at each visit"
-        cost = seconds(runs, "seconds_training")
+        cost = seconds_of(runs, "training", "significance")
+        usual = sum(row.get("teacher_seconds") or 0 for run in runs for row in run) / len(runs)
         yield {"method, preset": group.name, "mode": mode, "teacher → student": group.networks,
                "teacher's training": "-" if mode == "ce" else trained,
                "chosen images are used": used if mode in ("regulated", "hybrid") else "-",
@@ -201,134 +323,67 @@ def regulation_table(groups):
                "**student, last epoch**": f"**{of_end(runs)}**",
                "steps on % of images x epochs": spread([row["data_fraction"] for row in last]),
                "never used, %": spread([row["never_used"] / count for row, count in zip(last, images)]),
-               "student's seconds": seconds(runs, "seconds_distillation"),
-               "teacher's seconds": cost if cost != "0" else seconds(runs, "teacher_seconds"), **origin(runs)}
+               "student's seconds": seconds_of(runs, "distillation"),
+               "teacher's seconds": cost if cost != "0" else f"{usual:.0f}", **origin(runs)}
 
 
 def surrogate_table(groups):
+    """evenness_... was called relative_entropy_... in logs of b9db535 and before."""
+    def cell(runs, name, *more):
+        names = [f"{stem}{name}" for stem in ("evenness", "relative_entropy")]
+        found = [row[each] for event in ("surrogate", *more) for row in events(runs, event) for each in names
+                 if each in row]
+        return f"{mean(found):.3f}"
     for group, runs in groups.items():
         if group.method == "surrogate_kd":
             settings = runs[0][0]["arguments"]
-            rows = {name: [row[f"relative_entropy{name}"] for event in ("pool", "surrogate")
-                           for row in events(runs, event) if f"relative_entropy{name}" in row
-                           and (name or event == "surrogate")] for name in ("_before", "", "_augmented")}
-            before, kept, shown = (f"{mean(values):.3f}" for values in rows.values())
             yield {"method, preset": group.name, "pictures": settings["surrogate"],
                    "balanced": "yes" if settings["balance"] else "no",
                    "boundary attack": "yes" if settings["boundary_attack"] else "no",
                    "other flags": group.flags("surrogate", "balance", "boundary_attack"),
                    "teacher → student": group.networks, "teacher": teacher(runs),
-                   "relative entropy of all pictures": before, "of those kept": kept,
-                   "as training shows them": shown, "**student, last epoch**": f"**{of_end(runs)}**",
+                   "evenness of all pictures": cell(runs, "_before", "pool"), "of those kept": cell(runs, ""),
+                   "as training shows them": cell(runs, "_augmented"),
+                   "**student, last epoch**": f"**{of_end(runs)}**",
                    "seconds": seconds(runs), **origin(runs)}
 
 
-def measured(measurements, variants, shared, cells):
-    """One row for all repeats.   shared: head -> name in the log   cells: head -> name, digits, factor"""
+# ----------------------------------------------------------------------------------------- measurements
+def repeats(values, digits):
+    """The median, with the smallest and the largest value in brackets where they differ."""
+    low, middle, high = (f"{f(values):.{digits}f}" for f in (min, median, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def throughput_table(measurements):
     found = {}
     for row in measurements:
-        if row["variant"].startswith(variants):
-            key = *(row.get(name, "-") for name in shared.values()), made_at([row])
-            found.setdefault(key, []).append(row)
-    for key, rows in found.items():
-        line = dict(zip((*shared, "made at"), key), repeats=len(rows))
-        for head, (name, digits, factor) in cells.items():
-            phase, _, name = name.rpartition(".")                           # not every method has both phases
-            parts = [row.get(phase, {}) if phase else row for row in rows]
-            names = (name, "least", "most") if name == "seconds" else (name,)      # of one repeat's turns
-            values = [factor * part[each] for part in parts for each in names if each in part]
-            low, middle, high = (f"{f(values):.{digits}f}" for f in (min, median, max)) if values else "---"
-            line[head] = middle if low == high else f"{middle} ({low} to {high})"
-        yield line
+        if row["variant"].startswith(("authors", "here", "without ")):
+            for phase in ("synthesis", "distillation"):
+                if phase in row:
+                    key = (row[name] for name in ("method", "batch_size", "variant", "precision", "device"))
+                    found.setdefault((phase, *key), []).append((row[phase], row["ceiling_gflops"]))
+    heads = "images of a step", "order of work", "precision", "machine"
+    for (name, method, *key), rows in found.items():
+        phases = [phase for phase, _ in rows]
+        yield {"steps of": f"{method}, {name}", **dict(zip(heads, key)),
+               "seconds a step": repeats([phase[name] for phase in phases
+                                          for name in ("least", "seconds", "most")], 2),
+               "of the authors' time": repeats([phase["of_authors"] for phase in phases], 2),
+               "of the ceiling": repeats([phase["fraction"] for phase in phases], 2),
+               "GFLOP done": f"{phases[0]['gflop_done']:.1f}", "GFLOP needed": f"{phases[0]['gflop']:.1f}",
+               "ceiling, GFLOP/s": repeats([ceiling for _, ceiling in rows], 0), "repeats": len(rows)}
 
 
-MEASUREMENTS = {
-    "Throughput": (
-        ("authors", "here", "without "),
-        {"steps of": "method", "batch": "batch_size", "order of work": "variant", "precision": "precision",
-         "machine": "device"},
-        {**{f"{phase}: {head}": (f"{phase}.{name}", digits, 1) for phase in ("synthesis", "distillation")
-            for head, name, digits in (("seconds", "seconds", 2), ("of the authors' time", "of_authors", 2),
-                                       ("of the ceiling", "fraction", 2),
-                                       ("GFLOP done", "gflop_done", 1), ("GFLOP needed", "gflop", 1))},
-         "ceiling, GFLOP/s": ("ceiling_gflops", 0, 1)}),
-    "regulated_kd beside plain distillation, in one process": (
-        ("saving",), {"data set": "dataset", "epochs": "epochs", "machine": "device", "variant": "kind"},
-        {"steps on % of visits": ("used", 1, 100), "student's seconds": ("seconds", 1, 1),
-         "of plain": ("of_plain", 2, 1), "student, last epoch": ("student_acc", 2, 100)}),
-    "surrogate_kd: how fast pictures are drawn": (
-        ("generation",), {"pictures": "generator", "size": "size", "machine": "device"},
-        {"pictures a second": ("images_per_second", 0, 1)}),
-    "Busy machines: two cores, beside one process that never waits": (
-        ("busy",), {"command": "command", "how": "how", "machine": "device"},
-        {"quiet: seconds": ("quiet_seconds", 1, 1), "busy: seconds": ("busy_seconds", 1, 1)}),
-    "DeepInversion's images before a stranger": (
-        ("stranger",),
-        {"data set": "dataset", "flags": "flags", "images": "images", "stranger": "model", "seed": "seed"},
-        {"its test accuracy": ("test_acc", 2, 100), "sees the target in %": ("target_acc", 1, 100)})}
-
-
-def any_teacher_table(measurements):
-    """Which network teaches in which method: "works", or the sentence of refusal."""
+def pictures_table(measurements):
+    found = {}
     for row in measurements:
-        if row["variant"] == "any teacher":
-            yield {"teacher": row["network"], "image side": row["size"], **row["methods"]}
-
-
-def race_group(start):
-    """A race counts steps, so its rows do not part by machine. bf16 and fp32 are rows apart, as elsewhere."""
-    group = group_of(start)
-    changed = (pair for pair in group.changed if pair[0] != "device" and pair[1] != "--precision tf32")
-    return group._replace(changed=tuple(changed))
-
-
-def of_earlier_preset(start):
-    """Did this run's preset hold other numbers than it does now?"""
-    return {name for name, _ in group_of(start).changed} - {*OF_ANY_RUN} != {*start["changed"]}
-
-
-def on_two_cores(run):
-    """Are this run's seconds a race's? Of several at a time, each had one thread or a share of a GPU."""
-    return run[0]["device"].endswith(", 2 threads")
-
-
-def race_tables(groups, measurements):
-    """-> {title: rows}: the runs of benchmarks/race.py by data set, and the trials that chose their settings.
-
-    These groups leave `groups`, so that no other table shows them.
-    """
-    costs = {(row["method"], row["preset"], *sorted(typed(*flag) for flag in row["changed"].items())):
-             row["pflop"] for row in measurements if row["variant"] == "cost"}
-    races, trials, merged = {}, [], {}
-    for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]
-                  or "/race-" in runs[0][0]["arguments"]["out"]]:    # one with authors' numbers
-        runs = groups.pop(group)
-        merged.setdefault(race_group(runs[0][0]), []).extend(runs)
-    for group, runs in merged.items():
-        runs, start = sorted(runs, key=lambda run: run[0]["arguments"]["seed"]), runs[0][0]
-        arguments, line = start["arguments"], {"method, preset": group.name, "flags": group.flags("dataset")}
-        if arguments["dataset"].endswith("-val"):
-            trials.append({**line, "of the validation images": f"**{of_end(runs)}**",
-                           "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU":
-                           seconds([run for run in runs if run[0]["arguments"]["device"] == "cpu"]),
-                           **origin(runs)})
-            continue
-        flags = sorted(flag for name, flag in group.changed if name not in OF_ANY_RUN)
-        pflop = costs.get((group.method, group.preset, *flags))
-        score = mean(run[-1]["student_acc_last"] for run in runs)
-        title = f"Race on {arguments['dataset']}" + ", other readings" * ("-ledger/" in arguments["out"])
-        title += ", with earlier presets" * of_earlier_preset(start)
-        races.setdefault(title, []).append((-score, {
-            **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
-            "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
-            "agreement with the teacher": of_end(runs, "agreement"), "calibration error": of_end(runs, "ece"),
-            "runs with a collapse": collapsed(runs),
-            "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
-            "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}",
-            "seconds of two cores": seconds([*filter(on_two_cores, runs)]), **origin(runs)}))
-    found = {title: [line for _, line in sorted(lines, key=lambda pair: pair[0])]
-             for title, lines in sorted(races.items())}
-    return {**found, **({"Trials on validation images": trials} if trials else {})}
+        if row["variant"] == "generation":
+            key = row["generator"], row["size"], row["device"]
+            found.setdefault(key, []).append(row["images_per_second"])
+    for (generator, size, device), rates in found.items():
+        yield {"pictures": generator, "size": size, "pictures a second": repeats(rates, 0),
+               "repeats": len(rates), "machine": device}
 
 
 def epochs_table(measurements):
@@ -361,31 +416,24 @@ def costs_table(measurements):
                    "hours at 80 TFLOP/s": f"{hours:.2g}" if hours >= 0.01 else "under 0.01"}
 
 
-def front_table(groups, measurements):
-    """The race on CIFAR-10 in fewer columns."""
-    for title, lines in race_tables(groups, measurements).items():
-        for line in lines if title == "Race on cifar10" else []:
-            kept = ("**student, last epoch**", "agreement with the teacher", "runs with a collapse",
-                    "teacher queries, million", "seeds")
-            method, preset = line["method, preset"].split(", ")
-            flags = f"--preset {preset} {line['flags'].strip('`')}".removesuffix(" -")
-            pictures = "other photographs" if "folder:" in flags else "drawn pictures"
-            learns_from = {"regulated_kd": "the training images", "surrogate_kd": pictures}
-            yield {"method": f"`{method}`", "learns from": learns_from.get(method, "the teacher alone"),
-                   "flags": f"`{flags}`", **{name: line[name] for name in kept}}
-
-
+# ------------------------------------------------------------------------------------------------- pages
 def all_tables(runs, measurements):
+    """-> {title: the text of the table}"""
     groups = of_now(grouped(runs))
     tables = {**race_tables(groups, measurements),
-              "Data-free methods": main_table(groups),
-              "regulated_kd: real images, fewer steps": regulation_table(groups),
-              "surrogate_kd: pictures that are not the teacher's": surrogate_table(groups),
-              **{title: measured(measurements, *columns) for title, columns in MEASUREMENTS.items()},
-              "Any teacher": any_teacher_table(measurements),
-              "Choosing the epoch without test data": epochs_table(measurements),
-              "Costs of the presets, on paper": costs_table(measurements)}
-    return "".join(f"\n### {title}\n\n{table(rows)}" for title, rows in tables.items())
+              "data-free methods on digits": main_table(groups),
+              "regulated_kd": regulation_table(groups),
+              "surrogate_kd": surrogate_table(groups),
+              "throughput": throughput_table(measurements),
+              "pictures a second": pictures_table(measurements),
+              "choosing an epoch": epochs_table(measurements),
+              "costs": costs_table(measurements)}
+    return {title: table(rows) for title, rows in tables.items()}
+
+
+def filled(page, tables):
+    """The page with each table in its place: after `<!-- TITLE: python benchmarks/table.py -->`."""
+    return MARKERS.sub(lambda found: found[1] + tables[found[2]] + found[3], page)
 
 
 def main(argv=None):
@@ -394,12 +442,14 @@ def main(argv=None):
     parser.add_argument("--front", action="store_true", help="print the front page's table instead")
     options = parser.parse_args(argv)
     runs, measurements = read()
-    texts = {FRONT: table(front_table(grouped(runs), measurements)), PAGE: all_tables(runs, measurements)}
-    if not options.write:
-        print(texts[FRONT if options.front else PAGE], end="")
-        return
-    for page, text in texts.items():
-        page.write_text(MARKERS.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page.read_text()))
+    front, tables = {"front": table(front_table(runs))}, all_tables(runs, measurements)
+    if options.write:
+        for page, texts in ((FRONT, front), (PAGE, tables)):
+            page.write_text(filled(page.read_text(), texts))
+    elif options.front:
+        print(front["front"], end="")
+    else:
+        print("\n".join(f"{title}\n\n{text}" for title, text in tables.items()), end="")
 
 
 if __name__ == "__main__":

@@ -2,35 +2,38 @@
 
     python benchmarks/throughput.py --method csd [--precision bf16] [--log benchmarks/results/NAME.jsonl]
 
-"authors" is the order of work in the authors' code, written anew from its description. "here" is
-the method's own functions, with a stopwatch in the place of their `steps`. The two take turns in
-one process, --laps times. A turn takes two steps of each phase; the second one counts. --precision bf16 is
-for ours alone: the authors' stays in fp32, on a GPU in tf32. With --each, ours takes more turns, each with
-one measure switched off: what that measure is worth. The needed
-FLOPs are those of a step in which all that is not trained is frozen. The fraction is needed FLOPs a
-second, over what the machine's own 3x3 convolutions reach between the steps. The authors, at 32x32:
+"authors" is the order of work in the authors' code, written anew from its description. "here" is the
+method's own functions, with a stopwatch in the place of their `steps`. The two take turns in one process,
+--laps times. A turn takes two steps of each phase, and the second one counts. --precision bf16 is for ours
+alone: the authors' stays in fp32, on a GPU in tf32. With --each, ours takes more turns, each with one measure
+switched off, which shows what that measure is worth.
 
-    csd            WRN-40-2 to WRN-16-1, 200 synthesised images, batches of 128. Crops one by one,
-                   weight gradients in every network, a permuted copy of each BN input in every
-                   teacher pass, a graph for the head's student pass, one .item() a step; without
-                   their PNG files and loader processes.
-    dafl           ResNet-34 to ResNet-18, batches of 1,024. Weight gradients in the teacher, one
-                   backward pass over the sum, the test set once in 120 steps.
+The needed FLOPs are those of a step in which everything that is not trained is frozen. The fraction is the
+needed FLOPs a second, divided by what the machine's own 3x3 convolutions reach between the steps. This is
+what the authors' code does, with images of 32x32:
+
+    csd            WRN-40-2 to WRN-16-1, 200 images are made, batches of 128. It crops one by one, computes
+                   weight gradients in every network, copies each BatchNorm input in every pass of the
+                   teacher, keeps a graph of the head's pass through the student, and calls .item() once a
+                   step. Its PNG files and loader processes are left out.
+    dafl           ResNet-34 to ResNet-18, batches of 1,024. It computes weight gradients in the teacher, one
+                   backward pass over the sum of all losses, and scores the test set once in 120 steps.
     dafl-mnist     LeNet-5 to LeNet-5-half, batches of 512. The generator is nearly all of the work.
-    rdskd          ResNet-34 to ResNet-18, batches of 512. Phase 1: two teacher calls with weight
-                   gradients, a state_dict and four .item() a step. Phase 2: unused graphs of
-                   generator and teacher, the test set every 10 steps.
-    deepinversion  a synthesis step, ResNet-34, batches of 256. Weight gradients, copies as in csd,
-                   terms of weight 0, two .item() a step; without the hooks that each call adds.
-    cudfkd         a round (1 generator step, 10 student steps), WRN-40-2 to WRN-16-1, batches of
-                   256. Copies as in csd in all 11 teacher passes, weight gradients in teacher and
-                   student in the generator's step, ten batches one by one, two accuracies with
-                   .item(), a KL and a sorted batch of images a step.
-    surrogate_kd   no steps: pictures a second of each generator, 64 at a time on a CPU (by one
-                   thread, unless --threads says otherwise), 1,024 on a GPU.
+    rdskd          ResNet-34 to ResNet-18, batches of 512. Phase 1 has two calls of the teacher with weight
+                   gradients, a state_dict and four .item() a step. Phase 2 has unused graphs of generator and
+                   teacher, and scores the test set every 10 steps.
+    deepinversion  A step on the images, ResNet-34, batches of 256. It computes weight gradients, copies as in
+                   csd, terms of weight 0, and calls .item() twice a step. The hooks that each call of it adds
+                   are left out.
+    cudfkd         A round (1 step of the generator, 10 of the student), WRN-40-2 to WRN-16-1, batches of 256.
+                   It copies as in csd in all 11 passes of the teacher, computes weight gradients in teacher
+                   and student in the generator's step, makes ten batches one by one, and computes two
+                   accuracies with .item(), a KL and a sorted batch of images a step.
+    surrogate_kd   It has no steps here, but pictures a second of each generator, 64 at a time on a CPU (by
+                   one thread, unless --threads says otherwise) and 1,024 on a GPU.
 
-A step of dafl and rdskd includes its share of scoring the test set, in the authors' cadence or in
-ours, once in 120 steps. --batch-size sets all batch sizes; 32 on a CPU, except for csd and cudfkd.
+A step of dafl and rdskd includes its share of scoring the test set, as often as the authors do it or as we do
+it, once in 120 steps. --batch-size sets all batch sizes; it is 32 on a CPU, except for csd and cudfkd.
 """
 import contextlib
 import itertools
@@ -55,9 +58,9 @@ import dafl
 import deepinversion
 import rdskd
 import surrogate_kd
-from common import (DATASETS, ImageSet, number_type, Parser, batchnorms, build_model, build_optimizer,
-                    command_line, denormalize, device_name, in_bf16, last_linear, normalize, place_like,
-                    predict, recorded_inputs, seeded, set_up_device, versions)
+from common import (DATASETS, ImageSet, batchnorms, build_model, build_optimizer, denormalize, in_bf16,
+                    last_linear, normalize, place_like, predict, recorded_inputs, seeded)
+from running import Parser, command_line, device_name, number_type, set_up_device, versions
 
 TEST_SET, COUNTED = 10_000, 4          # images scored; images of a step whose FLOPs are counted
 
@@ -285,10 +288,11 @@ def cudfkd_authors(watch, teacher, student, data, settings):
             generator.train(), student.eval()
             images = draw()
             teacher_logits, student_logits = teacher(images), student(images)
+            agreed = student_logits.argmax(1) == teacher_logits.argmax(1)
             denormalize(images.detach(), data)                               # made and not used
             loss = (cudfkd.one_hot_loss(teacher_logits) + sum(distances.values())
                     + 20 * cudfkd.information_entropy_loss(teacher_logits, 20)
-                    + 0.5 * cudfkd.adversarial_loss(student_logits, teacher_logits))
+                    + 0.5 * cudfkd.adversarial_loss(student_logits, teacher_logits, agreed))
             descend(loss, optimizer_g)
             loss.item()
             generator.eval(), student.train()
@@ -299,7 +303,9 @@ def cudfkd_authors(watch, teacher, student, data, settings):
                     teacher_logits = teacher(images)
                 student_logits = student(images)
                 losses = cudfkd.kd_losses(student_logits, teacher_logits, 20)
-                descend(cudfkd.curriculum_loss(losses, 2.0, granularity="batch"), optimizer_s)
+                difficulty = cudfkd.difficulties(losses, "batch")
+                weight = cudfkd.curriculum_weights(difficulty.detach(), 2.0)
+                descend(cudfkd.curriculum_loss(difficulty, weight), optimizer_s)
                 with torch.no_grad():
                     top = student_logits.topk(5, 1).indices == teacher_logits.argmax(1)[:, None]
                     top[:, 0].float().mean().item(), top.any(1).float().mean().item()
@@ -375,7 +381,7 @@ METHODS = {
 
 def settings_of(method, steps, images, device):
     """The preset, for so many steps (cudfkd: rounds) of so many images; its own rate could diverge here."""
-    preset, sizes = method.module.PRESETS[method.preset], [*images.values()]
+    preset, sizes = method.module.PRESETS[method.preset].settings, [*images.values()]
     values = dict(lr_student=1e-4, schedule="constant", epochs=1, generator_epochs=1, batch_size=sizes[-1],
                   synthesis_batch_size=sizes[0], images_per_pass=128 if device.type == "cpu" else 2048)
     values.update(dict.fromkeys(method.steps, steps * getattr(preset, "round_steps", 1)))
@@ -387,7 +393,8 @@ def take_turn(method, variant, watch, precision, steps, images, scored=True):
     module, here, device = method.module, variant != "authors", watch.device
     off = {name: value for name, value in MEASURES.get(variant.removeprefix("without "), {}).items()
            if hasattr(module, name)}
-    data, settings = DATASETS[method.preset.partition("-")[0]], settings_of(method, steps, images, device)
+    data = DATASETS[module.PRESETS[method.preset].dataset]
+    settings = settings_of(method, steps, images, device)
     laps = watch.laps = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0))

@@ -112,7 +112,7 @@ def test_normalize_crop_and_flip_equal_torchvisions():
             expected = functional.crop(functional.pad(pixels[i], [2]), top[i], left[i], 8, 8)
             expected = functional.hflip(expected) if flip is not None and flip[i] else expected
             assert torch.equal(out[i], expected)
-    assert images.is_contiguous() and common.normalize(out, data).is_contiguous()      # for any network's view
+    assert images.is_contiguous() and common.normalize(out, data).is_contiguous()    # for any network's view
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -360,7 +360,7 @@ def test_seeds_inside_and_the_callers_stream_outside():
 
     data = common.DATASETS["digits"]
 
-    @common.guarded
+    @common.seeded_and_checked
     def draw(fails, data, settings):
         return 1 / 0 if fails else torch.rand(3)
     before = torch.get_rng_state()

@@ -488,3 +488,29 @@ def test_the_picture_has_a_row_a_class_with_its_last_images(tmp_path):
     seen = [[sheet.getpixel((46 + 42 * column, 22 + 42 * row)) for column in range(8)] for row in range(3)]
     grey = [int(255 * i / 12) for i in range(12)]
     assert seen == [grey[2:10], [0] * 8, grey[10:] + [0] * 6] and os.listdir(tmp_path) == ["s.png"]
+
+
+def test_checkpoints_and_caches_of_older_versions_are_refused(teacher_file, in_tmp, capsys):
+    """Then a checkpoint held the log's rows, and a bank was a file."""
+    args = [*tiny_args(csd, teacher_file), "--out", "out", "--resume"]
+    with killed("after save 3"):                               # two rounds of the bank, then an epoch
+        csd.main(args)
+    content = torch.load("out/checkpoint.pt", weights_only=True)
+    content["rows"] = content.pop("log_bytes")
+    torch.save(content, "out/checkpoint.pt")
+    assert "is not a checkpoint of this version of the program" in refused(csd, args, capsys)
+    Path("old.pt").write_bytes(b"")
+    args = [*tiny_args(csd, teacher_file), "--out", "new", "--bank", "old.pt"]
+    assert "old.pt is a file; --bank names a folder" in refused(csd, args, capsys)
+
+
+def test_a_log_that_lost_its_end_is_refused_and_one_that_grew_is_cut(teacher_file, in_tmp, capsys):
+    args = [*tiny_args(dafl, teacher_file, epochs=3), "--out", "out", "--resume"]
+    with killed("after save 2"):
+        dafl.main(args)
+    log, whole = Path("out/log.jsonl"), Path("out/log.jsonl").read_bytes()
+    log.write_bytes(whole[:-9])
+    assert "is shorter than it was" in refused(dafl, args, capsys)
+    log.write_bytes(whole + b'{"event": "note", "text": "written after the checkp')
+    dafl.main(args)
+    assert [row["epoch"] for row in rows_of("out") if row["event"] == "epoch"] == [0, 1, 2]
