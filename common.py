@@ -28,6 +28,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,9 +90,32 @@ def normalize(pixels, data):
     return row_major((pixels - _per_channel(data.mean, pixels)) / _per_channel(data.std, pixels))
 
 
+def sane_spec(data):
+    """A DataSpec from somebody else's code, with tuples where she wrote lists or tensors.   -> DataSpec
+
+    Raises BadInput if it is no DataSpec, or if its numbers cannot be what they are said to be.
+    """
+    try:
+        shape, classes, mean, std, crop, flip = data
+        if len(shape) != 3 or classes < 2 or any(int(n) != n for n in (*shape, classes, crop)):
+            raise ValueError
+        data = DataSpec(tuple(map(int, shape)), int(classes), tuple(float(value) for value in mean),
+                        tuple(float(value) for value in std), int(crop), bool(flip))
+    except (TypeError, ValueError):
+        raise BadInput("a DataSpec needs image_shape=(C, H, W), num_classes, mean and std with one number "
+                       f"for each channel, and may have crop and flip; this is {short(data)}") from None
+    check_spec(data)
+    return data
+
+
 def check_spec(data):
     """Raises BadInput for a DataSpec whose mean and std cannot be those of pixels in [0, 1]."""
+    if not isinstance(data, DataSpec):
+        raise BadInput(f"data must be a DataSpec of common.py, not {type(data).__name__}")
     channels = data.image_shape[0]
+    if channels > 16:
+        raise BadInput("image_shape is (channels, height, width), and there are no images with "
+                       f"{channels} channels")
     if not (len(data.mean) == len(data.std) == channels and all(0 <= mean <= 1 for mean in data.mean)
             and all(0.004 <= std <= 1 for std in data.std)):
         raise BadInput(f"mean {data.mean} and std {data.std} are not those of pixels in [0, 1], one number "
@@ -270,34 +294,53 @@ def logits_of(network, inputs, answer):
     return getattr(answer, "logits", answer)
 
 
-def check_answers(model, name, data, training=False):
+def check_answers(model, name, data, training=False, gradient=False):
     """Raises BadInput unless the network turns images of this shape into finite logits (N, K).
 
-    `training`: in train mode, where some give more than logits: answers of auxiliary classifiers. Draws no
-    random number of the caller's.
+    `training`: in train mode, where some give more than logits: answers of auxiliary classifiers. `gradient`:
+    its answer must have a gradient for the images. Draws no random number of the caller's.
     """
     try:
         device = next(model.parameters(), torch.empty(0)).device
         with torch.no_grad(), frozen(model), scoring(), seeded(0):
             images = normalize(torch.rand(4, *data.image_shape), data).to(device)
             logits = copy.deepcopy(model).train()(images) if training else model(images)
-        fits = logits.shape == (4, data.num_classes) and bool(logits.isfinite().all())
+        if not torch.is_tensor(logits):
+            raise BadInput(f"{name} answers with {describe_answer(logits)}; let it return the logits (N, K)")
+        finite = bool(logits.isfinite().all())
+    except BadInput:
+        raise
     except Exception as error:
         if training:
             raise BadInput(f"{name} cannot be trained on images of shape {data.image_shape}: in train mode "
                            "it fails, or gives more than logits; remove auxiliary classifiers") from None
-        raise BadInput(f"{name} does not take images of shape {data.image_shape} ({short(error)})") from None
-    if not fits:
-        raise BadInput(f"{name} does not answer images of shape {data.image_shape} with finite logits "
-                       f"(N, {data.num_classes})")
+        kind = next(model.parameters(), torch.empty(0)).dtype
+        advice = "" if kind == torch.float32 else f"; its weights are {kind}: call .float() on it"
+        raise BadInput(f"{name} does not take images of shape {tuple(data.image_shape)} "
+                       f"({short(error)}){advice}") from None
+    if logits.shape != (4, data.num_classes) or not finite:
+        found = f"{tuple(logits.shape)} for four images" if finite else "numbers that are not finite"
+        raise BadInput(f"{name} does not answer images of shape {tuple(data.image_shape)} with finite logits "
+                       f"(N, {data.num_classes}), but with {found}")
+    if gradient:
+        with frozen(model), scoring():
+            if not model(images.requires_grad_()).requires_grad:
+                raise BadInput(f"{name} has no gradient for its images, perhaps because its forward is under "
+                               "torch.no_grad(); without one, only surrogate_kd.py and regulated_kd.py can "
+                               "use it")
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
         raise BadInput(f"{name} answers with probabilities, whose rows sum to 1; let it return what goes "
                        "into its softmax, or the logarithm of the probabilities")
 
 
+def describe_answer(answer):
+    keys = f" with the keys {', '.join(map(str, answer))}" if isinstance(answer, dict) else ""
+    return f"a {type(answer).__name__}{keys}"
+
+
 def short(error):
-    """An exception's text in one line."""
-    return " ".join(str(error).split())[:160]
+    """An exception's text in one line, without a terminal's colours."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())[:160]
 
 
 class UpsampledConv2d(nn.Conv2d):
@@ -433,11 +476,14 @@ def seeded_and_checked(function):
         given = signature.bind(*args, **kwargs).arguments
         networks = {name: given[name] for name in ("teacher", "student") if name in given}
         with contextlib.ExitStack() as stack:
-            for network in networks.values():
+            for name, network in networks.items():
+                if not isinstance(network, nn.Module):
+                    raise BadInput(f"the {name} must be a torch.nn.Module, not {type(network).__name__}")
                 stack.callback(network.register_forward_hook(logits_of).remove)
             check_spec(given["data"])
+            made = not {"train", "draw", "surrogate"} & {*signature.parameters}    # images from the teacher
             for name, network in networks.items():
-                check_answers(network, f"the {name}", given["data"])
+                check_answers(network, f"the {name}", given["data"], gradient=made and name == "teacher")
             if "student" in networks:
                 check_answers(networks["student"], "the student", given["data"], training=True)
             with seeded(given["settings"].seed):
@@ -918,24 +964,21 @@ def from_function(name, num_classes=None, pretrained=False):
         else:
             sys.path.insert(0, os.getcwd())
             try:
-                found = getattr(importlib.import_module(module_name), function)()
+                build = getattr(importlib.import_module(module_name), function)
             finally:
                 sys.path.remove(os.getcwd())
+            found = build()
     except Exception as error:
-        raise BadInput(f"'{name}' could not be built ({type(error).__name__}: {short(error)}); accepted are "
-                       "torchvision:NAME and package.module:function") from None
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise BadInput(f"'{name}' could not be built ({type(error).__name__}: {short(error)}; line "
+                       f"{where.lineno} of {Path(where.filename).name}); it must be torchvision:NAME or "
+                       "package.module:function, a function without arguments") from None
     network, data = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-    if not isinstance(network, nn.Module):
-        raise BadInput(f"'{name}' returned {type(network).__name__}, not a torch.nn.Module")
-    if data is not None:
-        try:
-            data = DataSpec(*data)
-            check_spec(data)
-        except TypeError as error:
-            raise BadInput(f"'{name}' returned a network and something that is no DataSpec "
-                           f"({short(error)})") from None
+    if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
+        forgotten = "; is a `return` missing?" if network is None else ""
+        raise BadInput(f"'{name}' returned {type(network).__name__}, not a torch.nn.Module{forgotten}")
     network.register_forward_hook(logits_of)
-    return network, data
+    return network, data if data is None else sane_spec(data)
 
 
 if __name__ == "__main__":     # python common.py --model resnet34 --dataset cifar10

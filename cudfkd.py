@@ -25,7 +25,7 @@ Run it
     In our runs on CIFAR-10 (--preset cifar10-cpu) the curriculum shows no gain: note 2.
 
 Copy it
-    For distill() take this file without main(), and common.py, where DataSpec and the helpers are.
+    For distill() take common.py and this file, without its main() and its import from running.
 
 Letters: G generator; N images in a batch, K classes; an image is C x H x W, a random vector z has L numbers;
 ℓ difficulty, v its weight, λ age, α weight of the adversarial loss, τ temperature.
@@ -359,8 +359,8 @@ def images_and_answers(generator, teacher, z, data, images_per_pass):
 def epoch_terms(means, alpha, age, losses, weights):
     """What the log says about an epoch: its means, α, λ, and quantiles of ℓ and v in its last batch."""
     at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=losses.device)
-    return dict(means, alpha=alpha, age=age, difficulty=losses.quantile(at).tolist(),
-                weights=weights.expand_as(losses).quantile(at).tolist())
+    return dict(means, alpha=alpha, age=age, difficulty=losses.float().quantile(at).tolist(),
+                weights=weights.float().expand_as(losses).quantile(at).tolist())
 
 
 def check(settings):

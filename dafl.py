@@ -20,8 +20,8 @@ Run it
                                                            calculate 7 hours on a GPU that does 80 TFLOP/s
 
 Copy it
-    A loss works by itself. For distill() take this file without main(), and common.py, where DataSpec,
-    frozen() and the other helpers are.
+    A loss works by itself. For distill() take common.py and this file, without its main() and its import from
+    running. DataSpec, frozen() and the other helpers are in common.py.
 
 Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
 D features, which are the input of the teacher's linear layers; CE cross-entropy; KL Kullback-Leibler

@@ -24,8 +24,8 @@ Run it
 
 Copy it
     The losses work by themselves; those of total variation call neighbour_differences. synthesize() makes one
-    batch, synthesize_pool() the initial ones, distill() is the whole method. For these three take this file
-    without main(), and common.py, where DataSpec, frozen() and the other helpers are.
+    batch, synthesize_pool() the initial ones, distill() is the whole method. For these three take common.py
+    and this file, without its main() and its import from running.
 
 Letters: T teacher, x the pixels of N images, each C x H x W, y the classes asked for; P images in the pool;
 K classes; CE cross-entropy; KL Kullback-Leibler divergence; τ the temperature, which divides the logits.

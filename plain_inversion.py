@@ -23,8 +23,8 @@ Run it
     A teacher that is named is trained first; your own goes in as module:function, see the front page.
 
 Copy it
-    A loss works by itself. For the whole method take this file without main(), and common.py, where
-    DataSpec, frozen() and the other helpers are.
+    A loss works by itself. For the whole method take common.py and this file, without its main() and its
+    import from running. DataSpec, frozen() and the other helpers are in common.py.
 
 Letters: T teacher, S student, G generator; N images in a batch, M in the bank, K classes; an image is
 C x H x W, a random vector z has L numbers, y is the class that was asked for.

@@ -20,8 +20,8 @@ Run it
                                                            calculate 80 minutes on a GPU that does 80 TFLOP/s
 
 Copy it
-    A loss works by itself. For train_generator() and distill() take this file without main(), and common.py,
-    where DataSpec, frozen() and the other helpers are.
+    A loss works by itself. For train_generator() and distill() take common.py and this file, without its
+    main() and its import from running.
 
 Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
 x1, x2 the images of the two halves of a batch, P1, P2 the teacher's probabilities for them; CE cross-entropy;

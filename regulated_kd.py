@@ -21,7 +21,7 @@ Run it
     python regulated_kd.py --dataset mnist      steps on 5.25 % of all visits to images: 98.75 ± 0.08 %
                                                 (on all of them, --mode kd: 98.73 ± 0.08 %)
 Copy it
-    For distill() take this file without main(), and common.py, where DataSpec and the helpers are.
+    For distill() take common.py and this file, without its main() and its import from running.
 
 Letters: N images in a batch, N' of them chosen, K classes, M images in the training set; an image x is
 C x H x W, its label is y; η threshold of confidence, α its speed, n epoch; w weight, ℓ loss; τ temperature.
@@ -437,8 +437,9 @@ def main(argv=None):
     if options.dataset in ("none", "imagenet"):
         raise BadInput(f"regulated_kd needs real images and labels; --dataset {options.dataset} has none")
     data = dataset_spec(options)
-    teacher, student = load_networks(options, settings, data, needs=lambda teacher: check_answers(
-        teacher, f"teacher {options.teacher}", data, training=two_teachers))
+    teacher, student = load_networks(options, settings, data, gradient=False, needs=lambda teacher:
+                                     check_answers(teacher, f"teacher {options.teacher}", data,
+                                                   training=two_teachers))
     train, _ = load_dataset(options.dataset, True, options.data_dir, options.device)
     run = Run(options, settings, teacher, student, data)
     counts = self_regulated(teacher, data, settings, train, options, run) if two_teachers else None

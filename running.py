@@ -137,6 +137,7 @@ def train_teacher(arch, dataset, path, options, recipe):
                      torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=recipe["weight_decay"]))
         loop = Loop(folder, identity, dict(event="start", arguments=identity, versions=versions(),
                                            device=device_name(options.device)))
+        loop.shown_every = max(1, epochs // 5)
         loop.load()
         for epoch in range(loop.resume(model=model, optimizer=optimizer), epochs):
             set_lr(optimizer, cosine(lr, epoch, epochs))
@@ -226,17 +227,18 @@ def place(network, options, data):
     return in_bf16(network) if options.precision == "bf16" else network
 
 
-def load_networks(options, settings, data, needs=lambda teacher: None):
+def load_networks(options, settings, data, needs=lambda teacher: None, gradient=True):
     """The networks that --teacher and --student name, on their device.   -> teacher, student
 
     `needs(teacher)` may refuse the teacher's architecture; it is asked before a teacher is trained.
+    `gradient`: the method makes images by the teacher's gradient.
     """
     with seeded(settings.seed):
         student = place(build_model(options.student, data.num_classes, data.image_shape), options, data)
     for training in (False, True):
         check_answers(student, f"student {options.student}", data, training)
     teacher = load_teacher(options, data, needs)
-    check_answers(place(teacher, options, data), f"teacher {options.teacher}", data)
+    check_answers(place(teacher, options, data), f"teacher {options.teacher}", data, gradient=gradient)
     needs(teacher)
     return teacher.eval(), student
 
@@ -308,7 +310,8 @@ def inspect_network(name):
             if answer.dim() == len(answer) == 2:
                 taken, classes = [*taken, shape], answer.shape[1]
     if not taken:
-        raise BadInput(f"{name} answers no blank images of {', '.join(map(str, shapes))} with logits (N, K)")
+        raise BadInput(f"{name} answers no blank images of {', '.join(map(str, shapes))} with logits (N, K); "
+                       "if it takes others, let the function return network, DataSpec(...)")
     data = data or DataSpec(taken[-1], classes, (0.5,) * taken[-1][0], (0.5,) * taken[-1][0])
     names = {layer: key for key, layer in model.named_modules()}
     seen = probe(model, [layer for layer in names if not list(layer.children())], data)   # as they ran
@@ -319,7 +322,11 @@ def inspect_network(name):
 
     def input_of(layer):
         return f"input of {names[layer]}, (N, {', '.join(map(str, seen[layer].shape[1:]))})"
-    norms = len(batchnorms(model, data))
+    norms, (_, height, width) = len(batchnorms(model, data)), data.image_shape
+    made = height % 4 == width % 4 == 0          # what the generators can make; each of them refuses others
+    makers = (["plain_inversion", "rdskd"] if made else []) + ["csd"] * (made and height == width)
+    makers += ["cudfkd"] * (made and (min(height, width) < 64 or height % 8 == width % 8 == 0))
+    makers += ["dafl"] * (made and bool(vectors)) + ["deepinversion"] * bool(norms)
     known = hasattr(model, "last_map") or not last_map
     return [
         f"{name}: {sum(weight.numel() for weight in model.parameters()):,} weights, {classes} classes",
@@ -329,9 +336,9 @@ def inspect_network(name):
         f"a linear layer    {input_of(vectors[-1]) if vectors else 'none'}",
         f"last feature map  {input_of(last_map) if last_map else 'none'}"
         + ("" if known else f", a guess; if it is right: csd.py --teacher-last-map {names[last_map]}"),
-        "data-free methods that can use it: plain_inversion, csd, cudfkd, rdskd"
-        + (", dafl" if vectors else "; not dafl, which needs a linear layer")
-        + (", deepinversion" if norms else "; not deepinversion, which needs BatchNorm"),
+        f"data-free methods that can use it: {', '.join(makers) or 'none, for images of this size'}"
+        + ("" if vectors else "; not dafl, which needs a linear layer")
+        + ("" if norms else "; not deepinversion, which needs BatchNorm"),
         "with pictures of other things: surrogate_kd" + (
             "" if norms else ". Without BatchNorm, the images of plain_inversion, csd and cudfkd are less "
                              "like the data; see the front page")]
@@ -574,6 +581,7 @@ class Loop:
     another one is refused by the name of the first difference. `first` is the log's first row.
     """
     counter = "epoch"
+    shown_every = 1    # epochs for a line on the screen
     latest = None      # the loop that was saved or resumed last, for messages
 
     def __init__(self, folder, identity, first=None, num_classes=0):
@@ -626,7 +634,7 @@ class Loop:
                 os.fsync(file.fileno())
         if "text" in row:
             print(f"{row['event']}: {row['text']}", flush=True)
-        elif row["event"] == self.counter:
+        elif row["event"] == self.counter and (row[self.counter] + 1) % self.shown_every == 0:
             self._print(row)
 
     def note(self, text, event="note", **more):

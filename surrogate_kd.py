@@ -23,7 +23,7 @@ Run it
 
 Copy it
     A loss works by itself, and so does a generator of pictures with the helper above it. For balanced_pool()
-    and distill() take this file without main(), and common.py, where DataSpec and the other helpers are.
+    and distill() take common.py and this file, without its main() and its import from running.
 
 Letters: T teacher; N images in a batch, M pictures in the pool, K classes, D features; an image is C x H x W,
 a square one s x s; τ temperature; λ share of the other picture in mixup. Pixels are values in [0, 1]. The
@@ -587,7 +587,7 @@ def main(argv=None):
     check(settings)
     available, read, content = find_pictures(settings.surrogate, options)
     data = dataset_spec(options)
-    teacher, student = load_networks(options, settings, data)
+    teacher, student = load_networks(options, settings, data, gradient=False)
     run = Run(options, settings, teacher, student, data)
     draw = drawer(settings, data, available, read, options.device)
     kind = re.sub(r"\W+", "_", settings.surrogate) + "-unbalanced" * (not settings.balance)

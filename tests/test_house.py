@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import textwrap
 
@@ -17,7 +18,7 @@ from einops import rearrange
 import common
 import running
 import zskd
-from conftest import DATA_FREE, METHODS, ROOT, dafl, rdskd
+from conftest import DATA_FREE, METHODS, ROOT, TINY, dafl, rdskd
 from test_methods import each
 
 README, BENCHMARKS, TABLES = ((ROOT / name).read_text() for name in
@@ -211,6 +212,36 @@ def test_every_name_under_copy_exists_and_has_a_docstring(method):
     assert names and hasattr(method, "main")
     for name in names - {"main"}:
         assert (getattr(method, name, None) or getattr(common, name)).__doc__, name
+
+
+def test_a_method_is_copied_with_common_alone(tmp_path):
+    """As every file says: without its main() and its import from running, which is not there."""
+    (tmp_path / "common.py").write_text(source("common"))
+    for method in METHODS:
+        text = source(method.__name__)
+        text = re.sub(r"^from running import (\(.*?\)|[^\n]*)\n", "", text, flags=re.S | re.M)
+        text = re.sub(r"^@command_line\ndef main.*?(?=^\S)", "", text, flags=re.S | re.M)
+        (tmp_path / f"{method.__name__}.py").write_text(text.replace("    main()\n", "    pass\n"))
+    names = [method.__name__ for method in METHODS]
+    code = f"""
+import importlib, sys, torch
+from torch import nn
+import common
+data = common.DataSpec((3, 12, 12), 5, (0.5,) * 3, (0.25,) * 3)
+tiny = {({method.__name__: TINY[method] for method in METHODS})!r}
+for name in {names}:
+    method = importlib.import_module(name)
+    teacher, student = (nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+                                      nn.Linear(200, 5)) for _ in range(2))
+    more = dict(regulated_kd=dict(train=common.ImageSet(torch.randint(256, (40, 3, 12, 12)).byte(),
+                                                        torch.arange(40) % 5), counts=torch.ones(40)),
+                surrogate_kd=dict(surrogate=torch.randint(256, (40, 3, 12, 12)).byte(),
+                                  pseudo_labels=torch.arange(40) % 5))
+    method.distill(teacher, student, data, method.Settings(**tiny[name]), **more.get(name, {{}}))
+assert "running" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_dafl_and_rdskd_are_read_side_by_side():

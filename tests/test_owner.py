@@ -54,6 +54,18 @@ soft = lambda: (Net(answer=lambda logits: logits.softmax(1)), data)
 bytes_ = lambda: (Net(), data._replace(mean=(127.0,), std=(1 / 255,)))
 seven = lambda: (Net(), data._replace(num_classes=7))
 pair = lambda: (Net(), "no DataSpec")
+lists = lambda: (seeded(Net()), DataSpec([1, 8, 8], 10.0, torch.tensor([0.3]), [0.4], 1))
+scores = lambda: (Net(answer=lambda logits: {"scores": logits}), data)
+def forgotten():
+    Net(), data
+def broken():
+    return Net().load_state_dict(torch.load("nowhere.pth"))
+class Still(Net):
+    forward = torch.no_grad()(Net.forward)
+still = lambda: (seeded(Still()), data)
+double = lambda: (Net().double(), data)
+turned = lambda: (Net(), data._replace(image_shape=(20, 20, 3), mean=(0.5,) * 20, std=(0.5,) * 20))
+scripted = lambda: (torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), data)
 '''
 
 
@@ -131,10 +143,35 @@ def test_a_view_after_a_convolution_works_in_every_distill(mine):
 
 @pytest.mark.parametrize("teacher, words", [
     ("alone", "return network, data"), ("soft", "answers with probabilities, whose rows sum to 1"),
-    ("bytes_", "x = 255 * (x * std + mean)"), ("seven", "finite logits (N, 7)"), ("pair", "is no DataSpec"),
-    ("nothing", "could not be built")])
+    ("bytes_", "x = 255 * (x * std + mean)"), ("seven", "finite logits (N, 7), but with (4, 10)"),
+    ("pair", "a DataSpec needs image_shape=(C, H, W)"), ("nothing", "could not be built"),
+    ("scores", "answers with a dict with the keys scores"), ("forgotten", "is a `return` missing?"),
+    ("broken", "nowhere.pth; line"), ("still", "has no gradient for its images"),
+    ("double", "call .float() on it"), ("turned", "(channels, height, width)"), ("scripted", "not a torch.nn.Module")])
 def test_what_cannot_work_is_refused_in_a_sentence(teacher, words, mine, capsys):
     assert words in refused(dafl, owners_args(dafl, teacher), capsys)
+
+
+def test_lists_and_tensors_in_a_dataspec_are_taken(mine):
+    for name in ("teacher", "lists"):
+        rdskd.main([*owners_args(rdskd, name), "--out", name])
+    assert rows_of("teacher")[0]["data"] == rows_of("lists")[0]["data"]
+
+
+def test_a_teacher_without_gradients_is_taken_where_none_is_needed(mine):
+    surrogate_kd.main([*owners_args(surrogate_kd, "still"), "--out", "out"])
+    assert rows_of("out")[-1]["event"] == "end"
+    import mine as module
+    (teacher, data), student = module.still(), module.student()
+    with pytest.raises(common.BadInput, match="no gradient for its images"):
+        csd.distill(teacher, student, data, tiny_settings(csd))
+
+
+def test_inspect_names_the_methods_that_can_make_such_images(mine, capsys):
+    (mine / "wide.py").write_text(MINE.replace("(1, 8, 8)", "(1, 8, 12)").replace("8 * 4 * 4", "8 * 4 * 6"))
+    running.main(["--inspect", "wide:teacher"])
+    assert "can use it: plain_inversion, rdskd, cudfkd, dafl, deepinversion" in capsys.readouterr().out
+    assert "return network, DataSpec(...)" in refused(running, ["--inspect", "wide:alone"], capsys)
 
 
 def test_a_data_set_only_scores_and_must_fit(mine, capsys):
@@ -165,7 +202,8 @@ def test_distill_says_in_a_sentence_what_is_wrong(method):
 # ---------------------------------------------------------------------------------------- norms of every kind
 @pytest.mark.parametrize("norm", [
     lambda: nn.BatchNorm2d(6), lambda: nn.SyncBatchNorm(6), lambda: torchvision.ops.FrozenBatchNorm2d(6),
-    lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(6), nn.Unflatten(2, (8, 8)))], ids=str)
+    lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(6), nn.Unflatten(2, (8, 8)))],
+    ids=["2d", "sync", "frozen", "1d"])
 def test_every_layer_with_running_statistics_counts(norm):
     network = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), norm(), nn.ReLU(), nn.Flatten(),
                             nn.Linear(384, 10))
@@ -199,7 +237,8 @@ def test_statistics_of_vectors_are_taken_and_those_of_single_images_are_not(in_t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", [
-    csd.adversarial_loss, lambda s, t: cudfkd.adversarial_loss(s, t, torch.ones(len(s), dtype=torch.bool))])
+    csd.adversarial_loss, lambda s, t: cudfkd.adversarial_loss(s, t, torch.ones(len(s), dtype=torch.bool))],
+    ids=["csd", "cudfkd"])
 def test_adversarial_terms_have_a_gradient_where_a_probability_underflows(loss, dtype):
     """The teacher's probability is 0 in float32 as soon as its logits lie about a hundred apart."""
     torch.manual_seed(0)
