@@ -324,9 +324,10 @@ def inspect_network(name):
         return f"input of {names[layer]}, (N, {', '.join(map(str, seen[layer].shape[1:]))})"
     norms, (_, height, width) = len(batchnorms(model, data)), data.image_shape
     made = height % 4 == width % 4 == 0          # what the generators can make; each of them refuses others
-    makers = (["plain_inversion", "rdskd"] if made else []) + ["csd"] * (made and height == width)
-    makers += ["cudfkd"] * (made and (min(height, width) < 64 or height % 8 == width % 8 == 0))
-    makers += ["dafl"] * (made and bool(vectors)) + ["deepinversion"] * bool(norms)
+    can = dict(plain_inversion=made, csd=made and height == width, rdskd=made, dafl=made and bool(vectors),
+               cudfkd=made and (min(height, width) < 64 or height % 8 == width % 8 == 0),
+               deepinversion=bool(norms))
+    makers = [method for method, possible in can.items() if possible]
     known = hasattr(model, "last_map") or not last_map
     return [
         f"{name}: {sum(weight.numel() for weight in model.parameters()):,} weights, {classes} classes",

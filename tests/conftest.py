@@ -100,6 +100,21 @@ def teacher_file(in_tmp):
     return path
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """For tests that count or watch forward passes: distill does not look at the networks first."""
+    monkeypatch.setattr(common, "check_answers", lambda *args, **more: None)
+
+
+@pytest.fixture(autouse=True)
+def short_scores(request, monkeypatch):
+    """40 drawn pictures for 2,000 and no curves, to save time, except in the tests that look at them."""
+    if "drawn" not in request.node.name:
+        monkeypatch.setattr(running, "drawn_pictures", lambda data: common.drawn_pictures(data, 40))
+    if not any(words in request.node.name for words in ("leaves_what_it_promises", "is_enough")):
+        monkeypatch.setattr(running, "save_curves", lambda path, *args: None)
+
+
 @pytest.fixture(autouse=True)
 def same_numbers_on_every_machine(request, monkeypatch):
     """On a CPU, also where there is a GPU; tests of a GPU have "cuda" in their name."""

@@ -214,6 +214,7 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     assert [row["alpha"] for row in log.rows] == [1, 1, 1, 3]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_two_switches_not_one_and_while_alpha_is_0_the_student_is_not_asked():
     """Without a curriculum the ramp goes on, and without a ramp the curriculum does."""
     for changes, alphas in ((dict(curriculum="none"), [0, 0, 0, 3]), (dict(ramp=False), [0, 0, 0, 0])):

@@ -171,7 +171,7 @@ def test_what_cannot_be_done_is_refused(teacher_file, in_tmp, capsys):
     with pytest.raises(common.BadInput, match="no image to learn from"):
         di.distill(Foreign(), student, data, tiny_settings(di, initial_batches=0, pool_batches=0))
     for teacher in (save_untrained(in_tmp / "plain.pt", "lenet5"), "lenet5"):  # before it is trained
-        assert "dafl.py" in refused(di, ["--dataset", "digits", "--teacher", teacher], capsys)
+        assert "rdskd.py" in refused(di, ["--dataset", "digits", "--teacher", teacher], capsys)
     assert "must be under 1" in refused(di, [*tiny_args(di, teacher_file), "--beta2", "1"], capsys)
 
 

@@ -54,7 +54,7 @@ soft = lambda: (Net(answer=lambda logits: logits.softmax(1)), data)
 bytes_ = lambda: (Net(), data._replace(mean=(127.0,), std=(1 / 255,)))
 seven = lambda: (Net(), data._replace(num_classes=7))
 pair = lambda: (Net(), "no DataSpec")
-lists = lambda: (seeded(Net()), DataSpec([1, 8, 8], 10.0, torch.tensor([0.3]), [0.4], 1))
+lists = lambda: (seeded(Net()), DataSpec([1, 8, 8], 10.0, torch.tensor([0.3], dtype=torch.float64), [0.4], 1))
 scores = lambda: (Net(answer=lambda logits: {"scores": logits}), data)
 def forgotten():
     Net(), data
@@ -147,7 +147,8 @@ def test_a_view_after_a_convolution_works_in_every_distill(mine):
     ("pair", "a DataSpec needs image_shape=(C, H, W)"), ("nothing", "could not be built"),
     ("scores", "answers with a dict with the keys scores"), ("forgotten", "is a `return` missing?"),
     ("broken", "nowhere.pth; line"), ("still", "has no gradient for its images"),
-    ("double", "call .float() on it"), ("turned", "(channels, height, width)"), ("scripted", "not a torch.nn.Module")])
+    ("double", "call .float() on it"), ("turned", "(channels, height, width)"),
+    ("scripted", "not a torch.nn.Module")])
 def test_what_cannot_work_is_refused_in_a_sentence(teacher, words, mine, capsys):
     assert words in refused(dafl, owners_args(dafl, teacher), capsys)
 
@@ -170,7 +171,7 @@ def test_a_teacher_without_gradients_is_taken_where_none_is_needed(mine):
 def test_inspect_names_the_methods_that_can_make_such_images(mine, capsys):
     (mine / "wide.py").write_text(MINE.replace("(1, 8, 8)", "(1, 8, 12)").replace("8 * 4 * 4", "8 * 4 * 6"))
     running.main(["--inspect", "wide:teacher"])
-    assert "can use it: plain_inversion, rdskd, cudfkd, dafl, deepinversion" in capsys.readouterr().out
+    assert "can use it: plain_inversion, rdskd, dafl, cudfkd, deepinversion" in capsys.readouterr().out
     assert "return network, DataSpec(...)" in refused(running, ["--inspect", "wide:alone"], capsys)
 
 

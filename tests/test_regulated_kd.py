@@ -282,6 +282,7 @@ def test_where_nobody_takes_part_nothing_moves(optimizer, queue, monkeypatch):
     assert len(log.rows[0]) > len(student.state_dict()) and all(map(torch.equal, log.rows[0], log.rows[2]))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("queue, chosen, expected", [
     (True, [7, 5, 5], [17]), (True, [16, 16, 1], [16, 17]), (True, [17, 0, 0], [17]), (True, [1, 0, 0], []),
     (False, [1, 5, 0, 1], [5])], ids=str)

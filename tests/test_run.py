@@ -191,7 +191,7 @@ def test_inspect_says_what_a_network_has(teacher_file, in_tmp, capsys):
         "wrong = lambda: (network(), DataSpec((3, 8, 8), 9, (0.5,) * 3, (0.5,) * 3))")
     for name, words in (
             ("looked_at:network", "7 classes|images  3x8x8, of those tried|1 layers|4, (N, 64)|3, (N, 4, |"
-             "rdskd, dafl, deepinversion|if it is right: csd.py --teacher-last-map 3"),
+             "csd, rdskd, dafl, cudfkd, deepinversion|if it is right: csd.py --teacher-last-map 3"),
             ("looked_at:pair", "7 classes|images  3x8x8\n|1 layers"),
             (str(teacher_file), "10 classes|1x8x8|of bn, (N, 64, 2, 2)"),
             ("torchvision:swin_t", "10 classes|BatchNorm  none|of head, (N, 768)|of avgpool, (N, 768, |"

@@ -91,7 +91,7 @@ def test_goldens_4_and_5_the_trace_of_the_attack_and_a_step_deeper(monkeypatch):
 
 
 def test_golden_6_leaves_spectrum_and_chaos_game():
-    radii, cdf = sk.leaf_radius_cdf()
+    radii, cdf = common.leaf_radius_cdf()
     near6(cdf[[0, 1, 9, 49]], [0.277044, 0.453399, 0.870538, 0.991460])
     near6((cdf.diff(prepend=torch.zeros(1)) * radii).sum(), 0.053233)
     plain, leaning = sk.spectrum_magnitude(torch.tensor([2.0, 1.0]), torch.tensor([0.0, 0.1]), 8)
@@ -360,6 +360,7 @@ def trained(n=40, teacher=None, pixels=None, **changes):
     return student, shown, log
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("changes", [
     {}, dict(ATTACK, standardize=True, weight_decay=0.01), dict(visits=2),
     dict(optimizer="sgd", targets="one-hot", lr_student=0.02, weight_decay=0.01)], ids=str)
@@ -396,6 +397,7 @@ def test_a_service_that_gives_probabilities_alone_teaches_the_same(in_float64):
     assert all(torch.equal(*parts) for parts in zip(*pools))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_attack_takes_its_share_of_each_batch_and_replaces_the_one_before(monkeypatch):
     """As it is, not augmented; also when it finds fewer, which come in several batches."""
     augment, sizes = sk.augment_surrogates, []
@@ -415,6 +417,7 @@ def test_the_attack_takes_its_share_of_each_batch_and_replaces_the_one_before(mo
     assert not log.notes and [row["attacked"] for row in log.rows] == [40, 40]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("share, size, number", [(0.5, 8, 3), (1.0, 7, 3), (0.25, 8, 2)])
 def test_no_batch_has_an_attacked_image_twice_however_few_were_found(share, size, number, monkeypatch):
     """Three are found: each batch has as many of them as it has room for, and clean images besides."""
@@ -450,6 +453,7 @@ def test_batches_without_repeats_are_the_plain_ones_until_one_of_those_has_a_rep
     assert (repeats == 0) == (n % size == 0)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_attack_gets_each_picture_with_its_own_pseudo_label(monkeypatch):
     """None crosses here, which is said each time: training goes on with clean images."""
     seen, levels = [], (10 * torch.arange(40) % 100).to(torch.uint8)           # the grey level is the label
@@ -466,7 +470,7 @@ def test_the_attack_gets_each_picture_with_its_own_pseudo_label(monkeypatch):
 def test_inspect_only_says_what_the_teacher_sees_and_trains_nothing(teacher_file, in_tmp, capsys):
     sk.main([*tiny_args(sk, teacher_file), "--surrogate", "leaves", "--inspect-only", "--out", "out"])
     rows = {row["event"]: row for row in rows_of("out")}
-    assert list(rows) == ["start", "pool", "surrogate", "end"]
+    assert list(rows) == ["start", "warning", "pool", "surrogate", "end"]
     assert "leaves, 40 pictures" in capsys.readouterr().out
     assert {"evenness", "evenness_augmented", "evenness_before", "class_share"} <= set(rows["surrogate"])
     assert rows_of(rows["pool"]["path"])[1]["pictures"] == 40 == rows["end"]["teacher_queries"]
