@@ -161,10 +161,15 @@ def augment(pixels, data):
 def _recorded(modules, what):
     """Inside the block, every forward pass leaves what(input) of each module; no hook is left after it."""
     seen, handles = {}, []
+
+    def keep(module, positional, named):
+        for value in (*positional, *named.values()):
+            if torch.is_tensor(value):                                       # the first tensor is the input
+                seen[module] = what(value)
+                return
     try:
         for module in modules:
-            handles.append(module.register_forward_pre_hook(
-                lambda module, inputs: seen.__setitem__(module, what(inputs[0]))))
+            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
         yield seen
     finally:
         for handle in handles:
@@ -215,7 +220,7 @@ class Moments(torch.autograd.Function):
 def probe(model, modules, data):
     """What a forward pass on blank images feeds to these modules: {module: input}, in the order they ran."""
     with torch.no_grad(), frozen(model), scoring(), recorded_inputs(modules) as seen:
-        model(torch.zeros(2, *data.image_shape, device=next(model.parameters()).device))
+        model(torch.zeros(2, *data.image_shape, device=next(model.parameters(), torch.empty(0)).device))
     return seen
 
 
@@ -538,20 +543,24 @@ def expected_calibration_error(logits, labels, bins=15):
 
 # Drawn pictures: a score for those who have no test images. The same for all students of a teacher.
 @functools.cache
-def drawn_pictures(data, n=2000):
+def drawn_pictures(data, n=None):
     """n dead leaves in the shape of the data, as bright strokes on black where images are grey; an ImageSet.
+
+    n is 2,000, or 200 where images are larger than 64x64, so that drawing and scoring them stays quick.
 
     How often a student agrees with its teacher on them compares students of one teacher. It is no accuracy.
     They are always the same ones, drawn with a seed that no run has, and nothing is trained on them, except
     by surrogate_kd.py --surrogate leaves, which draws others of the same kind.
     """
     size = max(32, *data.image_shape[1:])
-    at_once = n if size <= 64 else 50                                        # a bound on memory
+    n = n or (2000 if size <= 64 else 200)
+    at_once, parts = n if size <= 64 else 20, []                             # a bound on memory
     with seeded(2 ** 31):
-        parts = [leaves_images(min(at_once, n - start), size) for start in range(0, n, at_once)]
-        pixels = torch.cat(parts)
-        pixels = fit_pixels(strokes(pixels) if data.image_shape[0] == 1 else pixels, data)
-    return ImageSet((255 * pixels.clamp(0, 1)).byte(), None)
+        for start in range(0, n, at_once):
+            pixels = leaves_images(min(at_once, n - start), size)
+            pixels = fit_pixels(strokes(pixels) if data.image_shape[0] == 1 else pixels, data)
+            parts.append((255 * pixels.clamp(0, 1)).byte())
+    return ImageSet(torch.cat(parts), None)
 
 
 def leaf_radius_cdf(smallest=0.03):

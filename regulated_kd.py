@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from common import (BadInput, Means, Preset, augment, batchnorms, build_model, check_answers, cosine, frozen,
                     load_dataset, normalize, one_pass, place_like, seeded, seeded_and_checked, set_lr, steps)
-from running import Run, command_line, dataset_spec, load_networks, parse
+from running import Run, command_line, dataset_spec, digest, load_networks, parse
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -417,7 +417,7 @@ def self_regulated(teacher, data, settings, train, options, run):
         return fresh.state_dict(), counts
     kind = "regulated-queue" if settings.queue else "regulated"
     folder = options.significance or f"checkpoints/{options.teacher_name}.{kind}"
-    weights, counts = run.reuse("significance", folder, OF_TEACHER, make)
+    weights, counts = run.reuse("significance", folder, OF_TEACHER, make, images=digest(tuple(train[:2])))
     teacher.load_state_dict(weights)
     run.score_teacher(teacher)
     print(f"self-regulated teacher: test accuracy {run.teacher_acc:.4f}", flush=True)

@@ -185,6 +185,8 @@ def read_classifier(path):
     if not sane:
         raise BadInput(f"{path} is not a teacher file of this project; make one with: python common.py "
                        "--model NAME --dataset NAME")
+    content["data"] = {key: tuple(value) if isinstance(value, list) else value
+                       for key, value in content["data"].items()}
     return content
 
 
@@ -531,12 +533,18 @@ def _check_folder(options, settings):
         raise BadInput(f"{out} holds a run already; name another folder, or go on with it by --resume")
     if out and Path(out, "log.jsonl").is_file():
         rows = []
-        for line in Path(out, "log.jsonl").read_text().splitlines():
+        for line in Path(out, "log.jsonl").read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):          # a row that a kill has cut off
                 rows.append(json.loads(line))
+        rows = [row for row in rows if isinstance(row, dict)]
+        # one epoch may be in the log before its checkpoint is; two cannot. A stage's folder is no run's.
+        lost = not Path(out, "checkpoint.pt").exists() and (
+            any("stage" in row for row in rows) or sum(row.get("event") == "epoch" for row in rows) > 1)
+        if options.resume and lost and not (rows[-1].get("event") == "end"):
+            raise BadInput(f"{out} has a log and no checkpoint.pt to go on from; name another folder")
         done = max((row["epoch"] + 1 for row in rows if row.get("event") == "epoch"), default=0)
         if rows and rows[-1].get("event") == "end":
-            if settings.epochs <= done or not options.resume:
+            if settings.epochs <= done or not options.resume or lost:
                 raise BadInput(f"the run in {out} is finished; its result is the last line of its log.jsonl")
             if not may_be_longer(settings):
                 raise BadInput(f"the run in {out} is finished and cannot be made longer: its learning rate "
@@ -794,6 +802,8 @@ class Run(Loop):
                   "own_teacher", "own_data")
         self.path = _make_folder(options) / "checkpoint.pt"
         _lock(self.folder, _locks)
+        if not options.resume and any((self.folder / name).exists() for name in RUN_FILES):
+            raise BadInput(f"another process has used {self.folder} meanwhile; name another --out")
         arguments = {key: value for key, value in vars(options).items() if key not in hidden}
         arguments.update(dataclasses.asdict(self.settings), device=str(options.device))
         self.first = dict(
@@ -824,6 +834,9 @@ class Run(Loop):
                          **{name: getattr(self.settings, name) for name in shaped_by})
         if folder.is_file():
             raise BadInput(f"{folder} is a file; --{kind} names a folder, in which the {kind} is kept")
+        own = self.options.out and folder.resolve() == Path(self.options.out).resolve()
+        if own or (folder / "student.pt").exists():
+            raise BadInput(f"{folder} is the folder of a run; --{kind} needs another one")
         result = folder / "result.pt"
         if not result.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -863,15 +876,18 @@ class Run(Loop):
 
     def log(self, epoch, means, pixels=None, labels=None):
         """An epoch is over: score the student, write a row and a line, draw the images, keep the state."""
-        first = epoch == self.next
+        first, self.pixels = epoch == self.next, pixels
         super().log(epoch, means, pixels, labels)
-        if self.options.keep_epochs:
-            shown = None if pixels is None else (255 * pixels[:200].clamp(0, 1)).byte().contiguous()
-            write(dict(student=self.student.state_dict(), pixels=shown), self.folder / f"epochs/{epoch}.pt")
         left = (self.settings.epochs - 1 - epoch) * sum(
             value for key, value in self.rows[-1].items() if key.startswith("seconds_"))
         if first and left > 60:
             print(f"at this speed the other epochs take {left / 60:.0f} minutes", flush=True)
+
+    def save(self, epoch):
+        if self.options.keep_epochs:       # before the checkpoint, so that a kill in between loses no epoch
+            shown = None if self.pixels is None else (255 * self.pixels[:200].clamp(0, 1)).byte().contiguous()
+            write(dict(student=self.student.state_dict(), pixels=shown), self.folder / f"epochs/{epoch}.pt")
+        super().save(epoch)
 
     def finish(self, result=None):
         """Write curves.png, student.pt and the end row, and print the result of the last epoch.

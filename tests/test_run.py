@@ -514,3 +514,69 @@ def test_a_log_that_lost_its_end_is_refused_and_one_that_grew_is_cut(teacher_fil
     log.write_bytes(whole + b'{"event": "note", "text": "written after the checkp')
     dafl.main(args)
     assert [row["epoch"] for row in rows_of("out") if row["event"] == "epoch"] == [0, 1, 2]
+
+
+def test_what_an_examiner_broke(teacher_file, in_tmp, capsys, monkeypatch):
+    """A lost checkpoint, a stage's folder as a run's, a run's folder as a stage's, a folder that was taken."""
+    args = tiny_args(csd, teacher_file, epochs=3)
+    csd.main([*args, "--out", "run", "--bank", "bank", "--keep-epochs"])
+    with killed("after save 2"):
+        csd.main([*args, "--out", "lost", "--bank", "bank"])
+    Path("lost/checkpoint.pt").unlink()
+    before = files_of()
+    for flags, words in (("--out lost --bank bank --resume", "a log and no checkpoint.pt"),
+                         ("--out bank --bank other --resume", "is finished"),
+                         ("--out new --bank run", "is the folder of a run; --bank needs another one")):
+        assert words in refused(csd, [*args, *flags.split()], capsys) and files_of() == before
+    reuse = running.Run.reuse
+
+    def slow(self, *arguments, **more):                        # meanwhile another process uses the folder
+        Path("taken").mkdir()
+        Path("taken/student.pt").write_bytes(b"theirs")
+        return reuse(self, *arguments, **more)
+    monkeypatch.setattr(running.Run, "reuse", slow)
+    with pytest.raises(SystemExit):
+        csd.main([*args, "--out", "taken", "--bank", "bank"])
+    assert "has used taken meanwhile" in capsys.readouterr().err
+    assert Path("taken/student.pt").read_bytes() == b"theirs"
+
+
+def test_kept_epochs_are_there_before_their_checkpoint(teacher_file, in_tmp):
+    args = [*tiny_args(dafl, teacher_file, epochs=3), "--out", "out", "--keep-epochs", "--resume"]
+    for moment in ("after save 1", "after save 1"):
+        with killed(moment):
+            dafl.main(args)
+    dafl.main(args)
+    assert sorted(path.name for path in Path("out/epochs").iterdir()) == ["0.pt", "1.pt", "2.pt"]
+
+
+def test_the_counts_of_one_set_of_images_are_refused_for_another(teacher_file, in_tmp, capsys):
+    args = tiny_args(regulated_kd, teacher_file)
+    regulated_kd.main([*args, "--out", "one"])
+    load = regulated_kd.load_dataset
+
+    def others(*arguments):
+        images, data = load(*arguments)
+        return images._replace(pixels=images.pixels.flip(0)), data
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(regulated_kd, "load_dataset", others)
+        regulated_kd.main([*args, "--out", "two"])
+    assert " images = " in capsys.readouterr().err
+
+
+def test_inspect_takes_layers_with_named_and_odd_inputs(in_tmp, capsys):
+    (in_tmp / "odd.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Join(nn.Module):\n"
+        "    def forward(self, parts):\n        return torch.cat(parts, 1)\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.c, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)\n"
+        "        self.join, self.fc = Join(), nn.Linear(8, 5)\n"
+        "    def forward(self, x):\n"
+        "        x = self.bn(input=self.c(x))\n"
+        "        return self.fc(input=self.join([x, x]).mean((2, 3)))\n")
+    running.main(["--inspect", "odd:Net"])
+    said = capsys.readouterr().out
+    assert "BatchNorm         1 layers" in said and "input of fc, (N, 8)" in said
