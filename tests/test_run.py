@@ -517,7 +517,7 @@ def test_a_log_that_lost_its_end_is_refused_and_one_that_grew_is_cut(teacher_fil
 
 
 def test_what_an_examiner_broke(teacher_file, in_tmp, capsys, monkeypatch):
-    """A lost checkpoint, a stage's folder as a run's, a run's folder as a stage's, a folder that was taken."""
+    """A lost checkpoint, a stage's folder as a run's, a run's as a stage's, a folder that was taken."""
     args = tiny_args(csd, teacher_file, epochs=3)
     csd.main([*args, "--out", "run", "--bank", "bank", "--keep-epochs"])
     with killed("after save 2"):
