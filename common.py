@@ -327,6 +327,9 @@ def check_answers(model, name, data, training=False, gradient=False):
         found = f"{tuple(logits.shape)} for four images" if finite else "numbers that are not finite"
         raise BadInput(f"{name} does not answer images of shape {tuple(data.image_shape)} with finite logits "
                        f"(N, {data.num_classes}), but with {found}")
+    if gradient and next(model.parameters(), None) is None:
+        raise BadInput(f"{name} has no parameters, which say where to put the generator; let its weights be "
+                       "nn.Parameter")
     if gradient:
         with frozen(model), scoring():
             if not model(images.requires_grad_()).requires_grad:
@@ -468,7 +471,7 @@ def seeded(seed):
 
 
 def seeded_and_checked(function):
-    """Decorates what a method offers: a function with arguments `teacher`, `data`, `settings`, or `student`.
+    """Decorates what a method offers: a function of `teacher`, `data` and `settings`, perhaps of `student`.
 
     Before it runs, networks or data that cannot work are refused in one sentence (BadInput). While it runs,
     torch's generators start from settings.seed, and a network that answers with an object or a dict answers

@@ -3,8 +3,8 @@
 No paper stands behind this file. It is ours, and it is what you should try first if you have nothing but a
 teacher. One generator makes batch after batch of images, a few steps for each: the frozen teacher should see
 the classes that we ask for, and each BatchNorm layer should see the statistics that it remembers from real
-data. The images, cropped and mirrored at random as the teacher's data were, fill a bank. The student learns
-to answer as the teacher does on mixtures of two of them. Generator and student do not compete, and the
+data. The images fill a bank. The student learns to answer as the teacher does on mixtures of two of them,
+each cropped and mirrored at random as the teacher's data were. Generator and student do not compete, and the
 student's loss uses no label.
 
     z ──► G ──► images ──► teacher ──► right class? BatchNorm as for real data? ──► update G and z
@@ -162,7 +162,8 @@ def synthesize(generator, teacher, data, settings, total_steps):
     """Make one batch: fit the generator and its z for a few steps.
 
     The generator is trained in place and goes on from where the batch before left it, except for its first
-    layer: that layer, z and Adam start anew, so that the new batch differs from the one before.
+    layer: that layer, z and Adam start anew, so that the new batch differs from the one before. Without
+    --keep-generator, the other layers start anew, too.
     -> pixels (N, C, H, W) of the step with the least loss, classes y (N,), mean losses
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size

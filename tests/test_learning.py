@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method, epochs, least", [
     ("csd", 3, 0.93), ("dafl", 5, 0.88), ("rdskd", 12, 0.88), ("deepinversion", 8, 0.95), ("cudfkd", 6, 0.92),
-    ("regulated_kd", 80, 0.90), ("surrogate_kd", 40, 0.85)])
+    ("regulated_kd", 80, 0.90), ("surrogate_kd", 40, 0.85), ("plain_inversion", 5, 0.93)])
 def test_a_method_learns_the_digits(method, epochs, least, folder):
     """Seed 0, last epoch. The first three in a part of their preset's epochs, to save time."""
     command = [sys.executable, ROOT / f"{method}.py", "--dataset", "digits", "--epochs", str(epochs),
