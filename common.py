@@ -426,6 +426,28 @@ def revisited(items, visits, total):
             yield kept[index]
 
 
+def to_bytes(pixels):
+    """pixels in [0, 1] -> uint8, rounded down, as a PNG file of them would be."""
+    return (255 * pixels.clamp(0, 1)).to(torch.uint8)
+
+
+def fill_bank(synthesize, rounds, n, data, device, run=None, **state):
+    """A bank of images as one tensor of bytes: `rounds` batches of n, each from a call of `synthesize`.
+
+    `synthesize()` -> pixels (n, C, H, W), the classes asked for (n,), mean losses. `run` writes log and
+    checkpoints, which keep `state`, too.   -> pixels (rounds n, C, H, W) uint8, classes (rounds n,)
+    """
+    pixels = torch.zeros(rounds * n, *data.image_shape, dtype=torch.uint8, device=device)
+    labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
+    for number in range(run.resume(pixels=pixels, labels=labels, **state) if run else 0, rounds):
+        made, targets, losses = synthesize()
+        rows = slice(number * n, (number + 1) * n)
+        pixels[rows], labels[rows] = to_bytes(made), targets
+        if run:
+            run.log(number, losses, made, targets)
+    return pixels, labels
+
+
 class Means:
     """Means of named terms over a phase. The sums stay on the device, so no step waits for a GPU."""
     def __init__(self):

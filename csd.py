@@ -38,9 +38,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, frozen,
-                    last_linear, normalize, place_like, probe, recorded_inputs, recorded_statistics,
-                    seeded_and_checked, set_lr, steps, why_no_batchnorm)
+from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, fill_bank,
+                    frozen, last_linear, normalize, place_like, probe, recorded_inputs, recorded_statistics,
+                    seeded_and_checked, set_lr, steps, to_bytes, why_no_batchnorm)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
 
@@ -339,11 +339,6 @@ def synthesize(teacher, data, settings, total_steps, student=None, head=None):
     return best_pixels, targets, means.take()
 
 
-def to_bytes(pixels):
-    """pixels in [0, 1] -> uint8, rounded down, as the authors' PNG files are (note 6)."""
-    return (255 * pixels.clamp(0, 1)).to(torch.uint8)
-
-
 @seeded_and_checked
 def synthesize_bank(teacher, data, settings, run=None):
     """Stage 1: make the first batches from the teacher alone; every student of this teacher can use them.
@@ -351,17 +346,9 @@ def synthesize_bank(teacher, data, settings, run=None):
     `run` writes log and checkpoints; main() passes one.
     -> pixels (M, C, H, W) uint8, the classes asked for (M,)
     """
-    device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
-    pixels = torch.zeros(settings.bank_rounds * n, *data.image_shape, dtype=torch.uint8, device=device)
-    labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
-    start = run.resume(pixels=pixels, labels=labels) if run else 0
-    for bank_round in range(start, settings.bank_rounds):
-        made, targets, losses = synthesize(teacher, data, settings, settings.bank_synthesis_steps)
-        rows = slice(bank_round * n, (bank_round + 1) * n)
-        pixels[rows], labels[rows] = to_bytes(made), targets
-        if run:
-            run.log(bank_round, losses, made, targets)
-    return pixels, labels
+    return fill_bank(lambda: synthesize(teacher, data, settings, settings.bank_synthesis_steps),
+                     settings.bank_rounds, settings.synthesis_batch_size, data,
+                     next(teacher.parameters()).device, run)
 
 
 # --------------------------------------------------------------------------------------------- the algorithm

@@ -37,9 +37,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, frozen,
-                    normalize, place_like, recorded_statistics, revisited, seeded_and_checked, set_lr, steps,
-                    why_no_batchnorm)
+from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, fill_bank,
+                    frozen, normalize, place_like, recorded_statistics, revisited, seeded_and_checked, set_lr,
+                    steps, to_bytes, why_no_batchnorm)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
 
@@ -195,11 +195,6 @@ def synthesize(generator, teacher, data, settings, total_steps):
     return best_pixels, targets, means.take()
 
 
-def to_bytes(pixels):
-    """pixels in [0, 1] -> uint8, rounded down [csd]."""
-    return (255 * pixels.clamp(0, 1)).to(torch.uint8)
-
-
 @seeded_and_checked
 def synthesize_bank(teacher, data, settings, run=None):
     """The first batches of the bank, which every student of this teacher can use.
@@ -207,18 +202,10 @@ def synthesize_bank(teacher, data, settings, run=None):
     `run` writes log and checkpoints; main() passes one.
     -> pixels (M, C, H, W) uint8, the classes asked for (M,)
     """
-    device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
-    pixels = torch.zeros(settings.bank_rounds * n, *data.image_shape, dtype=torch.uint8, device=device)
-    labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
     generator = place_like(Generator(settings.latent_dim, data.image_shape), teacher)
-    start = run.resume(pixels=pixels, labels=labels, generator=generator) if run else 0
-    for bank_round in range(start, settings.bank_rounds):
-        made, targets, losses = synthesize(generator, teacher, data, settings, settings.bank_synthesis_steps)
-        rows = slice(bank_round * n, (bank_round + 1) * n)
-        pixels[rows], labels[rows] = to_bytes(made), targets
-        if run:
-            run.log(bank_round, losses, made, targets)
-    return pixels, labels
+    return fill_bank(lambda: synthesize(generator, teacher, data, settings, settings.bank_synthesis_steps),
+                     settings.bank_rounds, settings.synthesis_batch_size, data,
+                     next(teacher.parameters()).device, run, generator=generator)
 
 
 # --------------------------------------------------------------------------------------------- the algorithm
