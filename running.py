@@ -596,7 +596,7 @@ class Loop:
     def __init__(self, folder, identity, first=None, num_classes=0):
         self.path, self.identity = Path(folder, "checkpoint.pt"), {"format": 3, **identity}
         self.first, self.num_classes, self.rows, self.columns = first, num_classes, [], None
-        self.started, self.saved, self.next = False, None, 0
+        self.started, self.saved, self.start, self.next = False, None, 0, 0
         self.began, self.before = time.monotonic(), 0.0
 
     folder = property(lambda self: self.path.parent)
@@ -673,7 +673,8 @@ class Loop:
         COSTS.clear()
         COSTS.update(saved["costs"])
         self.before, self.began, self.saved = saved["seconds"], time.monotonic(), None
-        log, self.next = self.folder / "log.jsonl", saved["epoch"] + 1
+        log, self.start = self.folder / "log.jsonl", saved["epoch"] + 1
+        self.next = self.start
         os.truncate(log, saved["log_bytes"])
         self.rows[:] = [json.loads(line) for line in log.read_text().splitlines()]
         self.write({**self.first, "event": "resume"})
@@ -804,6 +805,10 @@ class Run(Loop):
         _lock(self.folder, _locks)
         if not options.resume and any((self.folder / name).exists() for name in RUN_FILES):
             raise BadInput(f"another process has used {self.folder} meanwhile; name another --out")
+        if options.resume:                  # it may have gone on with this run, too, while this one waited
+            _check_folder(options, self.settings)
+            self.saved = None
+            self.load()
         arguments = {key: value for key, value in vars(options).items() if key not in hidden}
         arguments.update(dataclasses.asdict(self.settings), device=str(options.device))
         self.first = dict(
@@ -876,11 +881,11 @@ class Run(Loop):
 
     def log(self, epoch, means, pixels=None, labels=None):
         """An epoch is over: score the student, write a row and a line, draw the images, keep the state."""
-        first, self.pixels = epoch == self.next, pixels
+        self.pixels = pixels
         super().log(epoch, means, pixels, labels)
         left = (self.settings.epochs - 1 - epoch) * sum(
             value for key, value in self.rows[-1].items() if key.startswith("seconds_"))
-        if first and left > 60:
+        if epoch == self.start and left > 60:
             print(f"at this speed the other epochs take {left / 60:.0f} minutes", flush=True)
 
     def save(self, epoch):
