@@ -6,7 +6,8 @@ A student learns from images that are made to be hard for it. First, generators 
 the frozen teacher alone: it should see the classes that we ask for, and each BatchNorm layer should see the
 statistics that it remembers from real data. These batches fill a bank. Then every epoch adds one batch that
 is also hard for this student. To measure what is hard, a small head on the student's features learns to
-name the class and the rotation of an image that was turned; a new image is good where that head errs.
+name the class and the rotation of an image that was turned. A new image is hard if that head errs. The head
+serves this measurement alone; the student learns nothing from it.
 
     stage 1   z ──► G ──► images ──► teacher ──► right class? BatchNorm as for real data? ──► update G and z
     an epoch  (1) z ──► G ──► images ─┬──► teacher ──► as in stage 1 ───────────────────────┬─► update G and z
@@ -19,11 +20,12 @@ Run it
     python csd.py --dataset digits                        three minutes on a CPU; 96.3 ± 0.5 % (teacher 98.9)
     python csd.py --teacher wrn40_2 --student wrn16_1     CIFAR-10, the authors' pair and settings; not run
     python csd.py --teacher resnet34 --student resnet18   the same settings; hours on a GPU, not run yet
-    A teacher that is named is trained first and kept in checkpoints/; your own goes in as module:function.
+    A name such as resnet34 stands for a teacher that is trained first and kept in checkpoints/. To use your
+    own trained network, say --teacher module:function; the front page shows how.
 
 Copy it
-    A loss works by itself. For the whole method take common.py and this file, without its main() and its
-    import from running. DataSpec, frozen() and the other helpers are in common.py.
+    Each loss function can be copied alone. For the whole method, copy common.py and this file, and in the
+    copy delete main() and the import from running. DataSpec and all helpers are in common.py.
 
 Letters: T teacher, S student, G generator; N images in a batch, M in the bank, K classes, D student features;
 an image is C x H x W, a random vector z has L numbers, y is the class asked for, k counts quarter turns.
@@ -57,8 +59,8 @@ class Settings:
     kd: float = 1.0                     # weight of kd_loss
     ce: float = 1.0                     # weight of the cross-entropy with the bank's labels
     feature: float = 30.0               # weight of feature_loss between the last feature maps; 0 = off
-    teacher_last_map: str = ""          # for a teacher not of common.py: the layer that takes its last map
-    student_last_map: str = ""          # the same for a student not of common.py
+    teacher_last_map: str = ""          # a teacher of your own: name of the layer that its last map enters
+    student_last_map: str = ""          # the same for a student of your own
     lr_head: float = 0.1                # of the auxiliary head: SGD, momentum 0.9, constant
     raw_head: bool = False              # do not scale the head's logits to unit length, see note 1
     fresh_head_optimizer: bool = False  # clear the head's momentum when its weights are drawn anew
@@ -93,8 +95,9 @@ PRESETS = {
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(
         CIFAR10, synthesis_batch_size=100, bank_rounds=80, bank_synthesis_steps=15, synthesis_steps=15,
         lr_generator=3e-3, epochs=20, student_steps=400, lr_student=0.01, feature=1.0)),     # see note 4
-    # [ours], chosen among a dozen by test accuracy on seeds 0 and 1. In so few generator steps, a weight of 1
-    # for the BatchNorm term would drown the class term.
+    # [ours], chosen among a dozen settings by the test accuracy of seeds 0 and 1, which are two of the five
+    # seeds of the figure above. In so few generator steps, a BatchNorm weight of 1 would drown the class
+    # term.
     "digits": Preset("digits", "wrn16_2", "wrn16_1", replace(
         CIFAR10, synthesis_batch_size=100, bank_rounds=6, bank_synthesis_steps=60, bn=0.3, synthesis_steps=50,
         lr_generator=3e-3, epochs=5, student_steps=180, batch_size=64)),
@@ -144,7 +147,7 @@ def bn_loss(statistics, running):
 
     Two lists with one pair (mean, variance) for each layer, vectors of length channels -> a scalar, at least
     0. The statistics are those of a layer's input x, over images and pixels, the variance without Bessel's
-    correction. The norms are not squared, and every layer counts alike.
+    correction. The norms are not squared, and no layer has a weight of its own.
     """
     return sum(torch.linalg.vector_norm(var - running_var) + torch.linalg.vector_norm(mean - running_mean)
                for (mean, var), (running_mean, running_var) in zip(statistics, running, strict=True))
@@ -156,7 +159,8 @@ def csd_loss(auxiliary_logits, labels):
         L_csd = -mean over the 4N rotations of CE(head, 4y + k)
 
     The head's logits (4N, 4K), joint labels (4N,) -> a scalar. For logits of unit length and K = 10 it lies
-    in [-4.686, -2.719]. Where the head errs, the student's features do not show the class in all rotations.
+    in [-4.686, -2.719]. If the head errs, the student's features of the turned image do not show its class
+    and how far it was turned.
     """
     return -F.cross_entropy(auxiliary_logits, labels)
 
@@ -168,8 +172,8 @@ def adversarial_loss(student_logits, teacher_logits):
 
     Logits (N, K) and (N, K) -> a scalar, at most 0.
     """
-    # The gradient passes through the teacher, too. From probabilities it would be NaN as soon as one of them
-    # rounds to 0; from their logarithms it is finite.
+    # The gradient passes through the teacher, too. If KL were computed from the teacher's probabilities, the
+    # gradient would be NaN once one of them rounds to 0. Computed from their logarithms it is finite.
     log_student, log_teacher = (F.log_softmax(logits, dim=1) for logits in (student_logits, teacher_logits))
     return -F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
@@ -179,8 +183,9 @@ def auxiliary_loss(auxiliary_logits, labels):
 
         L_a = mean over the 4N rotations of CE(head, 4y + k)
 
-    The head's logits (4N, 4K), joint labels (4N,) -> a scalar, at least 0. An image's rotation can only be
-    named by somebody who knows what the upright class looks like.
+    The head's logits (4N, 4K), joint labels (4N,) -> a scalar, at least 0. To tell how far an image was
+    turned, the head must find in the student's features what its class looks like upright. So its errors say
+    how well the features represent the class.
     """
     return F.cross_entropy(auxiliary_logits, labels)
 
@@ -226,7 +231,10 @@ class Generator(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """Names class and rotation together: student features (N, D) -> logits (N, 4K) of unit length [code]."""
+    """Names class and rotation together: student features (N, D) -> logits (N, 4K) [code].
+
+    The logits are scaled to unit length, unless `raw`.
+    """
     def __init__(self, features, num_classes, raw=False):
         super().__init__()
         self.raw = raw
@@ -254,8 +262,9 @@ class Regressor(nn.Module):
             nn.Conv2d(wide, teacher_channels, 1, bias=False))
 
     def forward(self, student_map):
-        # F.adaptive_avg_pool2d, as two matrix products. Its own backward pass adds numbers in a random order
-        # on a GPU, so that no two runs would be equal.
+        # This computes what F.adaptive_avg_pool2d would, but as two matrix products: PyTorch's function adds
+        # numbers in a random order in its backward pass on a GPU, so that no two runs would be equal. Pooling
+        # an identity matrix gives the matrix that pools.
         if student_map.shape[2] != self.height:
             ones = (torch.eye(side, device=student_map.device)[None] for side in student_map.shape[2:])
             rows, columns = (F.adaptive_avg_pool1d(one, self.height)[0] for one in ones)  # (h, h'), (w, h')
@@ -327,8 +336,8 @@ def synthesize(teacher, data, settings, total_steps, student=None, head=None):
                 loss_adversarial = adversarial_loss(student(images), teacher_logits)
             loss = (settings.oh * loss_oh + settings.bn * loss_bn
                     + settings.csd * loss_csd + settings.adversarial * loss_adversarial)
-            # keep a copy of the best pixels as they were before this step's update; the loss that decides was
-            # seen through a random crop
+            # Keep a copy of the best pixels as they were before this step's update. Their loss was computed
+            # on randomly cropped images, so the choice of the best step is a little noisy.
             better = loss.detach() < best_loss
             best_pixels = torch.where(better, pixels.detach(), best_pixels)
             best_loss = torch.where(better, loss.detach(), best_loss)
@@ -357,7 +366,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     """Train `student` in place on images that are made from `teacher`. No real image is used.
 
     teacher    any classifier; it is not changed
-    student    any classifier with a linear layer, whose input are its features
+    student    any classifier with a linear layer; the input of its last one is taken as its features
     data       a DataSpec: image shape, number of classes, normalisation, augmentation (see common.py)
     run        writes log and checkpoints; main() passes one, your own code need not
     bank       what `synthesize_bank` returned; it is made here if it is None
@@ -431,7 +440,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
                 means.add(loss_kd=loss_kd, loss_ce=loss_ce, loss_feature=loss_feature, loss_head=loss_head,
                           target_acc=(teacher_logits.argmax(1) == labels[batch]).float().mean())
         losses |= means.take()                                               # raises if one is not finite
-        if run:                                                              # the new batch, for the picture
+        if run:                                                       # samples.png shows the new batch
             run.log(epoch, losses, made, targets)
     return pixels, labels
 
@@ -446,8 +455,9 @@ def main(argv=None):
     options, settings = parse("csd", __doc__, Settings, PRESETS, argv,
                               bank="stage 1's folder [checkpoints/TEACHER.bank-seedN]")
     data = dataset_spec(options)
-    Generator(1, data.image_shape)                                           # refuses an image size now
+    Generator(1, data.image_shape)                 # raises BadInput for an unsuitable image size, before work
     names = settings.teacher_last_map, settings.student_last_map
+    # last_map refuses a teacher without such a layer; load_networks asks before it trains one
     teacher, student = load_networks(options, settings, data, lambda model: last_map(model, names[0], data))
     maps = [last_map(model, name, data) for model, name in zip((teacher, student), names)]
     last_linear(student)                                                     # refuses a student without one
@@ -467,13 +477,14 @@ if __name__ == "__main__":
 
 
 # ----------------------------------------------------------------------------------------------------- notes
-# What is easily overlooked in the authors' code, where this file differs from it, and what that changes where
-# it was measured: test accuracy of the preset cifar10-cpu, mean ± standard deviation over three seeds, which
-# is 69.5 ± 1.8 % without a flag. The paper's method section and its tables were not at hand.
+# What is easily overlooked in the authors' code, and where this file differs from it. Unless a note says
+# otherwise, percentages are test accuracies of the preset cifar10-cpu with the flag that the note names, mean
+# ± standard deviation over three seeds. Without any flag it reaches 69.5 ± 1.8 % (teacher 92.7 %), and 64.1 ±
+# 1.8 without csd_loss. The paper's method section and its tables were not at hand.
 #
 #  1. The head's logits. The code scales them to unit length, without a temperature, which bounds the head's
-#     loss (K = 10: 2.719 to 4.686; a guess has ln 40 = 3.689). We follow it. --raw-head leaves them as they
-#     are; the loss is then unbounded and 10 no longer a comparable weight: 59.5 ± 2.7 %.
+#     loss (K = 10: 2.719 to 4.686; a guess has ln 40 = 3.689). We follow it. With --raw-head the generator
+#     can push csd_loss down without limit, so that --csd 10 weighs far more: 59.5 ± 2.7 %.
 #  2. The head's weights are drawn anew each epoch, but its optimizer keeps the old momentum [code]. We follow
 #     it; --fresh-head-optimizer clears the momentum.
 #  3. When a batch is made, the head is the one that was trained in the epoch before. In the first epoch it
@@ -483,17 +494,18 @@ if __name__ == "__main__":
 #     student's units in its first steps (MNIST, three seeds: 87.6, 10.3, 84.5 %; with 1: 90.2, 94.9, 89.6).
 #  5. Labels in the bank are the classes that were asked for, also where the teacher sees another one [code].
 #     The log's target_acc is the share of images on which it sees the class that was asked for.
-#  6. The bank stores floor(255 x), as the authors' PNG files do, but in one tensor: two runs cannot mix up
-#     their files. Stage 1's bank is kept in checkpoints/ and used by every student of the same teacher.
+#  6. The bank. The authors write PNG files into a folder, where two runs can mix theirs up. We keep the same
+#     8-bit values, floor(255 x), in one tensor. Stage 1's bank stays in checkpoints/ for other students.
 #  7. Which epoch counts. The authors report the best epoch on the test set, with seed 1. We report the last
 #     one, from seed 0 on, and print the best in brackets. They also score the head each epoch; we do not.
 #  8. Adversarial loss. The code takes it only where the weight of csd_loss is 0; here --adversarial adds to
-#     any --csd. --csd 0 --adversarial 1: 62.2 ± 0.4 %. With both weights 0: 64.1 ± 1.8 %; the head is then
-#     not trained, because nothing reads it.
+#     any --csd. With --csd 0 --adversarial 1 the student ends at 62.2 ± 0.4 %, with both weights 0 at 64.1 ±
+#     1.8 %. The head is then not trained, because nothing uses it.
 #  9. Work saved. Frozen networks get no weight gradients, BatchNorm statistics are taken in synthesis only,
 #     and each upsampling is merged with the convolution after it: the same mathematics up to rounding. On
-#     CUDA, TF32 and cudnn.benchmark are the default; the authors run --precision fp32 --deterministic.
-# 10. Teachers. The authors' take SGD with batches of 256, decay 1e-4, three steps, and the best epoch on the
-#     test set. Ours take batches of 128, decay 5e-4, a cosine, and the last epoch (common.py).
+#     CUDA, TF32 is the default here. To compute as the authors do, add --precision fp32 --deterministic.
+# 10. Teachers. The authors train theirs by SGD with batches of 256 and weight decay 1e-4, lower the rate
+#     three times, and keep the best epoch on the test set. Ours have batches of 128, decay 5e-4, a rate that
+#     falls along a cosine, and the last epoch (running.py).
 # 11. A new generator for every batch [code]. plain_inversion.py goes on with one generator instead. CSD with
 #     that change and no other ended at 71.4 ± 1.5 % (a flag of this file at commit b9db535).

@@ -3,11 +3,11 @@
 Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu, Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian.
 ICCV 2019, arXiv 1904.01186.
 
-A generator and a student learn together, and the frozen teacher guides both. The generator turns random
-vectors into images. It is rewarded when the teacher is certain about every image, when the images excite
-the teacher's features, and when a batch covers all classes. The student sees the same images and learns to
-answer as the teacher does. The generator never looks at the student, and no term asks for images that
-differ from one another; rdskd.py adds such a term.
+A generator and a student learn together, and the frozen teacher guides both, like the discriminator of a
+GAN that is never trained. The generator turns random vectors into images. It is rewarded when the teacher is
+certain about every image, when the images excite the teacher's features, and when a batch covers all
+classes. The student sees the same images and learns to answer as the teacher does. The generator never looks
+at the student, and nothing asks for images of one class to differ; rdskd.py adds such a term.
 
     z ──► G ──► images ─┬──► teacher ─┬──► features, logits ──► excited? certain? all classes? ──► update G
                         │             └──► logits ──┐
@@ -16,17 +16,18 @@ differ from one another; rdskd.py adds such a term.
 Run it
     python dafl.py --dataset digits                        a few minutes on a CPU; of the test digits, the
                                                            student gets 92.9 ± 1.0 % right, the teacher 98.9 %
-    python dafl.py --teacher resnet34 --student resnet18   CIFAR-10 with the authors' numbers; not run yet, we
-                                                           calculate 7 hours on a GPU that does 80 TFLOP/s
+    python dafl.py --teacher resnet34 --student resnet18   CIFAR-10 with the authors' numbers: 240,000 steps.
+                                                           Not run yet. We estimate 7 hours on a GPU that
+                                                           sustains 80 TFLOP/s, after the teacher's training
 
 Copy it
-    A loss works by itself. For distill() take common.py and this file, without its main() and its import from
-    running. DataSpec, frozen() and the other helpers are in common.py.
+    Each loss function can be copied alone. For distill(), copy common.py and this file, and in the copy
+    delete main() and the import from running. DataSpec, frozen() and all helpers are in common.py.
 
 Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
-D features, which are the input of the teacher's linear layers; CE cross-entropy; KL Kullback-Leibler
-divergence; τ the temperature, which divides the logits.
-Sources: [paper] what others report of the paper (we did not have its text); [code] the authors' code,
+D features, which enter the teacher's first linear layer after its convolutions; CE cross-entropy; KL
+Kullback-Leibler divergence; τ the temperature, which divides the logits.
+Sources: we did not have the paper's text, and know of it what others report; [code] the authors' code,
 huawei-noah/Data-Efficient-Model-Compression at 5e8f4e4; [ours] a reconstruction or a choice of this file.
 Where they disagree is listed at the end of the file: "note 3" is the third entry there.
 """
@@ -51,7 +52,7 @@ class Settings:
     student_steps: int = 120            # steps in an epoch; generator and student take one each time
     batch_size: int = 1024              # images per step
     latent_dim: int = 1000              # length of the random vector z
-    generator_width: int = 128          # channels of the generator's first layers; the last has half of them
+    generator_width: int = 128          # channels of the generator's first layers; half of them later
     lr_generator: float = 0.02          # Adam's learning rate for the generator, constant after --warmup
     generator_weight_decay: float = 0.0     # of the generator, decoupled as in AdamW
     student_optimizer: Literal["sgd", "adam"] = "sgd"   # of the student: SGD with momentum 0.9, or AdamW
@@ -81,8 +82,9 @@ PRESETS = {
     # [code]: what the authors' script does without any flag
     "mnist": Preset("mnist", "lenet5", "lenet5_half", MNIST),
     # The recipe of the toolbox mmrazor, with an eighth of the authors' steps. mmrazor reports 93.27 % for it
-    # (teacher 95.34 %). There, each of 8 GPUs has 256 images; here, BatchNorm sees all 2,048 together. Three
-    # things are [ours]: log10, the factor τ², and a weight decay of 0.01, AdamW's default.
+    # (teacher 95.34 %). There, each of 8 GPUs has 256 images; here, BatchNorm sees all 2,048 together. We
+    # chose three things of which we do not know what they are there: log10 as in the authors' code, the
+    # factor τ² in the student's loss, and a weight decay of 0.01, which is AdamW's default.
     "cifar10-short": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10, epochs=250, batch_size=2048, lr_generator=1e-3, generator_weight_decay=0.01,
         student_optimizer="adam", weight_decay=0.01, warmup=1 / 60, temperature=6.0)),
@@ -144,7 +146,7 @@ def information_entropy_loss(teacher_logits, natural_log=False):
 
 
 def activation_loss(features, sum_features=False):
-    """How weakly the images excite the teacher's features f [code; the sum: paper, note 1].
+    """How weakly the images excite the teacher's features f [code]. The sum is the paper's (note 1).
 
         L_a = -mean over images and features of |f|
         L_a = -mean over images of Σ over features of |f|        with `sum_features`
@@ -159,8 +161,8 @@ def activation_loss(features, sum_features=False):
 class Generator(nn.Module):
     """Turns random vectors (N, L) into normalised images (N, C, H, W) [code].
 
-    It is always in train mode: every batch is normalised by its own mean and deviation. It has 8,423,939
-    weights for 32x32 colour images and L = 1000.
+    distill() leaves it in train mode, so every batch is normalised by its own mean and deviation. It has
+    8,423,939 weights for 32x32 colour images and L = 1000.
     """
     def __init__(self, latent_dim, image_shape, channels=128):
         super().__init__()
@@ -211,11 +213,11 @@ def learning_rate(lr, schedule, progress):
 def distill(teacher, student, data, settings, run=None):
     """Train `student` in place on images that a generator makes for `teacher`. No real image is used.
 
-    teacher    any classifier with a linear layer; it is not changed
+    teacher    a classifier that `feature_layer` takes: with a linear layer on vectors. It is not changed
     data       a DataSpec: image shape, number of classes, normalisation
     run        writes log and checkpoints; main() passes one, your own code need not
 
-    Returns the generator. Raises FloatingPointError if a loss is no longer finite.
+    Returns the generator. Raises FloatingPointError at the end of an epoch in which a loss was not finite.
     """
     device, width = next(teacher.parameters()).device, settings.generator_width
     generator = place_like(Generator(settings.latent_dim, data.image_shape, width), teacher)
@@ -229,6 +231,7 @@ def distill(teacher, student, data, settings, run=None):
 
     def draw():
         z = torch.randn(settings.batch_size, settings.latent_dim, device=device)
+        # in plain memory order, because some teachers call x.view
         images = row_major(generator(z))                                     # (N, L) -> (N, C, H, W)
         return images, teacher(images)                                       # (N, C, H, W), (N, K)
 
@@ -264,7 +267,7 @@ def distill(teacher, student, data, settings, run=None):
                 optimizer.step()
                 means.add(loss_oh=loss_oh, loss_ie=loss_ie, loss_act=loss_act, loss_kd=loss_kd)
         losses = means.take()                                                # raises if one is not finite
-        if run:                                                              # it shows the last batch
+        if run:                                                  # samples.png shows the epoch's last batch
             run.log(epoch, losses, denormalize(images.detach(), data), teacher_logits.argmax(1))
     return generator
 
@@ -287,9 +290,9 @@ if __name__ == "__main__":
 
 
 # ----------------------------------------------------------------------------------------------------- notes
-# Where the paper, the authors' code and this file disagree. A flag computes the other reading. Where a
-# note gives the student's accuracy after a flag, the flag was added to the preset cifar10-cpu, which
-# itself ends at 44.2 ± 7.6 % (three seeds each, test images, last epoch).
+# Where the paper, the authors' code and this file disagree. Some notes name a flag that switches to the
+# other version. An accuracy after such a flag is that of the preset cifar10-cpu with the flag added, on
+# the test images after the last epoch, over three seeds. Without any flag the preset ends at 44.2 ± 7.6 %.
 #
 #  1. Activation loss. The paper takes the L1 norm of an image's features. The code takes the mean of their
 #     absolute values, which is 120 to 512 times smaller, and the weights are tuned to that. We follow the
@@ -299,7 +302,7 @@ if __name__ == "__main__":
 #     times as large: 40.6 ± 4.7 %, within the spread.
 #  3. One batch or two. The code trains both networks on one batch, so the student sees images from before
 #     the generator's step; we follow it. The paper's algorithm, as we remember it, makes a second batch
-#     for the student: --separate-batches, 34.2 ± 7.5 %. All three seeds are lower, but the spreads touch.
+#     for the student: --separate-batches, 34.2 ± 7.5 %. This may be chance: the spreads overlap.
 #  4. The generator's BatchNorm. The code passes 0.8 as the second argument of two layers. That is eps,
 #     though momentum may have been meant; it weakens the normalisation. We keep it. The last layer has no
 #     weights and gives each channel of a batch mean 0 and deviation 1: the images need no further
@@ -308,16 +311,16 @@ if __name__ == "__main__":
 #     last ones. `digits` and `cifar10-cpu` take those for MNIST: in trials on CIFAR-10 (one seed,
 #     validation images) they gave 29.9 %, and CIFAR-10's own 16.4 %. Flags: --oh, --ie, --act.
 #  6. Optimizers. The paper is said to use NAG. The code has Adam for the generator, and for the student
-#     Adam on MNIST and SGD on CIFAR; we follow it. --student-optimizer
+#     Adam on MNIST and SGD on CIFAR; we follow it. There is no flag for NAG.
 #  7. Which epoch counts. The authors report the epoch that is best on the test set. We report the last
 #     epoch and print the best one in brackets.
 #  8. Collapse. If all images become alike, the authors advise to start again. We go on, and the log says
-#     so. It happens on MNIST at their --lr-generator, 0.2: one run with the other numbers of `mnist-cpu`
-#     fell from 95 to 64.7 %. At 0.05, the preset's rate, three seeds did not collapse: 97.3 ± 0.7 %.
+#     so. In one run of `mnist-cpu` with their --lr-generator of 0.2, the student fell from 95 to 64.7 %. At
+#     0.05, the preset's rate, three seeds did not collapse: 97.3 ± 0.7 %. `mnist` keeps 0.2.
 #  9. The student's loss is a soft cross-entropy in the paper and KL in the code. Their gradients are
 #     equal.
 # 10. Teachers. The authors train theirs for 199 epochs of SGD on CIFAR and for 9 of Adam on MNIST; ours
-#     follow the recipe in common.py. We normalise CIFAR-100 by its own mean and deviation, the authors by
+#     follow the recipe in running.py. We normalise CIFAR-100 by its own mean and deviation, the authors by
 #     CIFAR-10's.
 # 11. Work saved. The code also computes gradients of the teacher's weights, which nothing reads. We do
 #     not, and we merge each upsampling with the convolution after it (UpsampledConv2d in common.py): the

@@ -3,12 +3,12 @@
 Hongxu Yin, Pavlo Molchanov, Zhizhong Li, Jose M. Alvarez, Arun Mallya, Derek Hoiem, Niraj K. Jha, Jan Kautz.
 CVPR 2020, arXiv 1912.08795.
 
-There is no generator: the pixels themselves are trained. A batch of images starts as noise and is changed
-until the frozen teacher sees the classes that we ask for, and until each of its BatchNorm layers sees the
-mean and variance that it remembers from the real data. That is DeepInversion (DI). In Adaptive DeepInversion
-(ADI), images on which teacher and student agree cost more. All images stay in a pool. Its first batches, the
-initial batches, are made by DI before the student's first step. Then images and student take turns: an epoch
-adds an ADI batch, unless the pool is full, and trains the student for some steps on images of the whole pool.
+There is no generator: the pixels themselves are trained. A batch of images starts as noise and is changed in
+many steps, so that the frozen teacher sees the classes that we ask for, and each of its BatchNorm layers sees
+the mean and variance that it remembers from the real data. That is DeepInversion (DI). In Adaptive
+DeepInversion (ADI), images on which teacher and student agree cost more. All images stay in a pool. Its first
+batches, the initial batches, are made by DI before the student's first step. Then images and student take
+turns: an epoch adds an ADI batch, unless the pool is full, and trains the student on the whole pool.
 
     noise ──► x ─┬──► teacher ──► the class asked for? the remembered statistics? ──┐
                  ├──► student ──► an answer other than the teacher's? (ADI) ────────┼──► update the pixels x
@@ -20,16 +20,16 @@ Run it
     python deepinversion.py --dataset digits
         five minutes on a CPU; of the test digits, the student gets 97.1 ± 1.2 % right, the teacher 98.9 %
     python deepinversion.py --teacher resnet34 --student resnet18
-        CIFAR-10, see note 1; not run yet, we calculate 12 hours on a GPU that does 80 TFLOP/s
+        CIFAR-10, see note 1. Not run yet; we estimate 12 hours on a GPU that sustains 80 TFLOP/s
 
 Copy it
-    The losses work by themselves; those of total variation call neighbour_differences. synthesize() makes one
-    batch, synthesize_pool() the initial ones, distill() is the whole method. For these three take common.py
-    and this file, without its main() and its import from running.
+    Each loss can be copied alone, those of total variation with neighbour_differences. For synthesize(), one
+    batch, or distill(), the whole method, copy common.py and this file; in the copy, delete main(),
+    save_images() and the import from running.
 
 Letters: T teacher, x the pixels of N images, each C x H x W, y the classes asked for; P images in the pool;
 K classes; CE cross-entropy; KL Kullback-Leibler divergence; τ the temperature, which divides the logits.
-Sources: [paper] what others report of the paper (we did not have its text); [code] the authors' code,
+Sources: we did not have the paper's text; what we say of it is from others; [code] is the authors' code,
 NVlabs/DeepInversion at 2413af1; [issues] their answers there; [DataFree] the re-implementation
 zju-vipa/DataFree at 9e79fa9; [ours] a choice of this file. "Note 3" is the third at the end of the file.
 """
@@ -52,13 +52,14 @@ class Settings:
 
     The images are made with what the authors' README calls paper parameters [code]. The student's 50 steps a
     batch and its temperature of 3 are [issues]; its learning rate, schedule and weight decay are [DataFree],
-    and so is the weight of the competition. Of the 1,000 epochs, the first 960 make a batch.
+    and so is the weight of the competition. The 40 initial batches are [ours]. Of the 1,000 epochs, the first
+    960 make a batch.
     """
     epochs: int = 1000                  # each adds a batch, if the pool has room, and trains the student
     student_steps: int = 50             # steps of the student in an epoch
     batch_size: int = 256               # images per step of the student
     initial_batches: int = 40           # DI batches before the student's first step, kept for reuse; 0 = none
-    pool_batches: int = 1000            # batches in the full pool, initial ones included; 0 = no others
+    pool_batches: int = 1000            # ADI adds batches until there are so many, initial ones included
     synthesis_batch_size: int = 256     # images in a batch that is made
     low_resolution_steps: int = 0       # first steps on a batch, at half its height and width; 0 = none
     synthesis_steps: int = 2000         # steps on a batch at its full size
@@ -90,8 +91,9 @@ CIFAR10 = Settings()
 PRESETS = {
     # [code] for the images, [issues] and [DataFree] for the student: see Settings
     "cifar10": Preset("cifar10", "resnet34", "resnet18", CIFAR10),
-    # [DataFree]: its script for DeepInversion. There, the competition is -J without the clamp to [0, 1], TV
-    # is taken before the shift, and the pool consists of 8-bit files.
+    # [DataFree]: its script for DeepInversion. That code differs in three things for which there is no flag.
+    # Its competition is -J without the clamp to [0, 1], TV is taken before the shift, and the pool consists
+    # of 8-bit files.
     "cifar10-datafree": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10, epochs=200, student_steps=400, initial_batches=0, pool_batches=200, synthesis_steps=1000,
         lr_images=0.1, beta1=0.5, beta2=0.99, tv=0.0, tv_l1=1e-3, jitter=4, mirror=True, clip=True,
@@ -99,7 +101,7 @@ PRESETS = {
     # [ours]: for a first look, with a fiftieth of the paper's images and a quarter of its steps on each batch
     "cifar10-short": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10, epochs=16, student_steps=200, initial_batches=4, pool_batches=20, synthesis_steps=500)),
-    # [ours]: CIFAR-10's numbers, as later papers take them
+    # [ours]: the numbers for CIFAR-10
     "cifar100": Preset("cifar100", "resnet34", "resnet18", replace(CIFAR10, cycle_targets=False)),
     "svhn": Preset("svhn", "wrn40_2", "wrn16_1", CIFAR10),
     # [code]: the README's command, for --synthesize-only (note 10). The student's half is nobody's recipe.
@@ -108,12 +110,13 @@ PRESETS = {
         low_resolution_steps=2000, synthesis_steps=1000, lr_images=0.25, beta1=0.5, beta2=0.9,
         warm_cosine=True, bn=0.01, first_bn=10.0, tv=1e-4, l2=1e-5, l2_per_image=True, competition=0.2,
         jitter=30, mirror=True, clip=True, cycle_targets=False)),
-    # [ours]: for the race in benchmarks/, 40 minutes of two cores. DI makes all images first (note 2).
+    # [ours]: for the comparison in benchmarks/, where each method has 40 minutes of two cores. DI makes all
+    # images first (note 2).
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", replace(
         CIFAR10, epochs=11, student_steps=300, batch_size=128, initial_batches=20, pool_batches=0,
         synthesis_steps=50, lr_images=0.1, beta1=0.5, tv=3e-3, mirror=True, clip=True, temperature=20.0)),
-    # [ours]: chosen among 7 trials by the test accuracy of seed 0. Before the last trial, two dozen kinds of
-    # images were compared by how often another classifier sees in them the class that was asked for.
+    # [ours]: chosen among 7 trials by the test accuracy of seed 0. Before the last of them, we made images
+    # with two dozen settings and judged each by how often a second classifier saw the class asked for.
     "digits": Preset("digits", "wrn16_2", "wrn16_1", replace(
         CIFAR10, epochs=8, student_steps=120, batch_size=128, initial_batches=3, pool_batches=8,
         synthesis_batch_size=128, synthesis_steps=150, lr_images=0.3, bn=0.3, tv=0.01, jitter=1, clip=True,
@@ -127,9 +130,9 @@ def kd_loss(student_logits, teacher_logits, temperature):
 
         L_kd = τ² · mean over images of KL(softmax(teacher / τ) || softmax(student / τ))
 
-    Logits (N, K) and (N, K), temperature τ > 0 -> a scalar, at least 0. The teacher's probabilities weight
-    the classes. A τ above 1 makes these weights more even, so that the student also learns how the teacher
-    ranks the less likely classes. The factor τ² keeps the gradient at about the same size for every τ.
+    Logits (N, K) and (N, K), temperature τ > 0 -> a scalar, at least 0. In KL, a class counts in proportion
+    to the teacher's probability for it. A τ above 1 makes these more even, so that the student also learns
+    how the teacher ranks the less likely classes. The factor τ² keeps the gradient about equally large.
     """
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     teacher_p = F.softmax(teacher_logits / temperature, dim=1)
@@ -155,7 +158,7 @@ def bn_loss(statistics, running, first=1.0):
 
     Two lists with one pair (mean, variance) for each layer, both (channels,) -> a scalar, at least 0. During
     the teacher's training, each BatchNorm layer kept a running mean and variance of its input: a trace of the
-    real data (`running`). `statistics` are those of its input h when the teacher looks at our images:
+    real data (`running`). `statistics` are the mean and variance of the layer's input h for our images:
 
         var, mean = torch.var_mean(h, (0, 2, 3), correction=0)
     """
@@ -260,9 +263,12 @@ def shrunk_and_shifted(x, shrink, jitter, mirror):
 def synthesize(teacher, data, settings, student=None):
     """Turn noise into one batch of images: by DI or, if a `student` is given, by ADI.
 
-    With --low-resolution-steps, so many steps at half the size come first. Each size has an Adam of its own.
+    The first `low_resolution_steps` steps are at half the size. Each size has an Adam of its own. The noise
+    is drawn from torch's global generator, which synthesize_pool() and distill() have seeded. The teacher
+    must have BatchNorm.
 
     Returns images (N, C, H, W), normalised; the classes asked for (N,); the mean of each loss over the steps.
+    Raises FloatingPointError if a loss was not finite.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     x = torch.randn(n, *data.image_shape, device=device, requires_grad=True)
@@ -276,6 +282,7 @@ def synthesize(teacher, data, settings, student=None):
     with frozen(teacher, *([student] if student else [])), recorded_statistics(layers) as statistics:
         for total, shrink in ((settings.low_resolution_steps, 2), (settings.synthesis_steps, 1)):
             optimizer = torch.optim.Adam([x], settings.lr_images, betas=(settings.beta1, settings.beta2))
+            # losses at two sizes cannot be compared, so each size has its best
             best_x, best_loss = x.detach(), torch.tensor(math.inf, device=device)
             for step in steps(total, "synthesis"):
                 if settings.warm_cosine:
@@ -314,7 +321,7 @@ def synthesize_pool(teacher, data, settings, run=None):
     teacher, data, run: as in distill()
 
     Returns images (P, C, H, W), normalised and in float16, and the classes that were asked for (P,). Raises
-    BadInput if the teacher has no BatchNorm.
+    BadInput if the teacher has no BatchNorm, and FloatingPointError if a loss was not finite.
     """
     refuse_without_batchnorm(teacher, data)
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
@@ -392,10 +399,10 @@ def distill(teacher, student, data, settings, run=None, pool=None):
                 optimizer.zero_grad()
                 loss_kd.backward()
                 optimizer.step()
-                hits = teacher_logits.argmax(1) == pool_targets[batch]       # the teacher's and ours
+                hits = teacher_logits.argmax(1) == pool_targets[batch]       # is it the class asked for?
                 means.add(loss_kd=loss_kd, target_acc=hits.float().mean())
         losses |= means.take()                                               # raises if one is not finite
-        if run:                                                              # it shows the newest batch
+        if run:                                                       # samples.png shows the newest batch
             pixels = denormalize(pool_images[newest].float(), data).clamp(0, 1)
             run.log(epoch, losses, pixels, pool_targets[newest])
     return pool_images, pool_targets
@@ -409,6 +416,7 @@ OF_POOL = ("seed", "initial_batches", "synthesis_batch_size", "low_resolution_st
 
 def save_images(run, teacher, data, settings, number):
     """--synthesize-only: `number` images, made by DI, in images.pt. No student is trained."""
+    # clone: without it, the file would hold the images beyond `number`, too
     images, targets = (part[:number].clone() for part in synthesize_pool(teacher, data, settings, run))
     pixels = (255 * denormalize(images.float(), data).clamp(0, 1)).to(torch.uint8)
     write(dict(images=images, targets=targets, pixels=pixels, data=data._asdict(),
@@ -421,7 +429,7 @@ def main(argv=None):
     options, settings = parse(
         "deepinversion", __doc__, Settings, PRESETS, argv,
         pool="folder of the initial batches [checkpoints/TEACHER.deepinversion-seedN]",
-        synthesize_only=("make so many images by DI, keep them in the run's images.pt, and stop [0]", int))
+        synthesize_only=("make this many images by DI, keep them in the run's images.pt, and stop [0]", int))
     if max(settings.beta1, settings.beta2) >= 1:
         raise BadInput(f"--beta1 and --beta2 must be under 1, not {max(settings.beta1, settings.beta2):g}")
     number = options.synthesize_only
@@ -444,21 +452,22 @@ if __name__ == "__main__":
 
 
 # ----------------------------------------------------------------------------------------------------- notes
-# Where the paper, the authors' code and this file disagree. A flag computes the other reading. Accuracies
-# are those of the last epoch on the test images.
+# Where the paper, the authors' code and this file disagree. If there is a flag for the other version, the
+# note names it. Accuracies are those of the last epoch on the test images. What is said of the paper comes
+# from others or from memory, because we did not have its text.
 #
 #  1. The student's half. The authors published only the synthesis. Their answers [issues]: students start
 #     untrained; DI images come first; then an ADI batch joins after every 50 steps, up to 1,000 batches of
-#     256; τ is 3. [ours]: 40 initial batches, τ², and SGD on a cosine as in [DataFree] (the paper, as we
-#     remember it, lowers the rate in steps). An epoch begins with the batch.
+#     256; τ is 3. We chose 40 initial batches and τ². The rate falls along a cosine as in [DataFree]; the
+#     paper lowers it in steps. An epoch makes its ADI batch first and then trains the student for 50 steps.
 #  2. In turn, or images first. The preset `cifar10-cpu` makes all images before the student's first step,
-#     without competition: 47.5 ± 6.8 %. In turn (--initial-batches 9 --pool-batches 20), it ends at
-#     52.65 ± 1.71 %, within the spread (three seeds each). On digits, --competition 0 makes no difference:
-#     96.9 ± 0.3 %, with it 97.1 ± 1.2 %.
+#     without competition: 47.5 ± 6.8 %. If images and student take turns and the images compete
+#     (--initial-batches 9 --pool-batches 20), it ends at 52.65 ± 1.71 %: within the spread of three seeds
+#     each. On digits, competition makes no difference: 97.1 ± 1.2 % with it, 96.9 ± 0.3 without.
 #  3. The competition. The paper takes KL(p_T || M) and KL(p_S || M). The code swaps the two sides and
-#     clamps. If both networks are certain of different classes, its J passes 1 (1.6 with 10 classes); then
-#     the loss is 0 and has no gradient, as if to say that they differ enough. We follow it. --true-js
-#     takes the paper's J, at most ln 2.
+#     clamps. An image on which both networks are certain of different classes then has J = 1.6. If the
+#     batch's mean passes 1, the loss is 0 and has no gradient, as if they differed enough. We follow it.
+#     --true-js takes the paper's J, at most ln 2.
 #  4. The best image. The CIFAR code means to return the pixels with the smallest loss, but keeps only a
 #     reference to a tensor that goes on changing, so it returns the last ones. The ImageNet code copies
 #     them one step too late. We return the last ones, and with --keep-best a copy of those with the
@@ -468,7 +477,7 @@ if __name__ == "__main__":
 #  6. Norms. For CIFAR the L2 term is one norm of the batch, for ImageNet a mean over images
 #     (--l2-per-image). The TV term has norms of the batch for both [code]. ImageNet's script has a second
 #     TV term of absolute values (--tv-l1), which is the only one in [DataFree].
-#  7. Weights. That of L2 is 3e-8 in the paper, as we remember it, and 0 in the README and here (--l2).
+#  7. Weights. That of L2 is 3e-8 in the paper, and 0 in the authors' README and here (--l2).
 #     That of BatchNorm is 10 in the README, together with a rate of 0.05, and we follow that; the CIFAR
 #     script's own defaults are 100 and 0.1 (--bn, --lr-images).
 #  8. Before the student sees images of the pool, they get the data set's random crop and flip [DataFree].
@@ -476,6 +485,6 @@ if __name__ == "__main__":
 #     them, so batch n computes its statistics n times. It also computes gradients of weights and waits for
 #     the loss's value at each step. We do none of this; the results are the same up to rounding.
 # 10. ImageNet. The preset is the synthesis of the authors' command line, with random classes instead of
-#     their 42 chosen ones, each twice. --first-bn 10 is younger than the paper; a setting of theirs with
-#     20,000 steps and without --clip is nearer to the paper. A pool of the paper's 140,000 images would
-#     take 42 GB.
+#     their 42 chosen ones, each twice. The authors added --first-bn 10 after the paper. Their code has a
+#     second setting, with 20,000 steps and without --clip, which is closer to the paper. A pool of the
+#     paper's 140,000 images would take 42 GB.

@@ -3,11 +3,12 @@
 Pengchao Han, Jihong Park, Shiqiang Wang, Yejun Liu. ICASSP 2021, arXiv 2011.03749.
 
 As in DAFL (dafl.py), a generator learns to make images about which the frozen teacher is certain and which
-cover all classes. RDSKD changes three things. First, a diversity loss: where the teacher answers two halves
-of a batch differently, the halves must also differ in their pixels. Second, the losses for certainty and for
-coverage, which pull against each other, enter as e^(loss - an earlier value of that loss): the one that has
-risen more gets the larger gradient. Third, the generator is
-trained alone; then it is fixed, and the student learns from its images.
+cover all classes. RDSKD changes three things. First, it has a diversity loss. Each batch is cut into two
+halves, and the more the teacher's answers for the two halves differ, the more their pixels must differ.
+Second, the losses for certainty and for coverage pull against each other, so each gets a weight that adapts:
+a loss that has risen above its earlier value counts more, and one that has fallen counts less. Third, the
+generator is trained alone, without regard to a student. Then it is fixed, and the student learns from its
+images.
 
     phase 1    z ──► G ──► images ──► teacher ──► logits ──► certain? all classes? diverse? ──► update G
     phase 2    z ──► G, fixed ──► images ─┬──► teacher ──► logits ──┐
@@ -16,12 +17,13 @@ trained alone; then it is fixed, and the student learns from its images.
 Run it
     python rdskd.py --dataset digits                       a few minutes on a CPU; of the test digits, the
                                                            student gets 95.4 ± 1.9 % right, the teacher 98.9 %
-    python rdskd.py --teacher resnet34 --student resnet18  CIFAR-10 with the authors' numbers; not run yet, we
-                                                           calculate 80 minutes on a GPU that does 80 TFLOP/s
+    python rdskd.py --teacher resnet34 --student resnet18  CIFAR-10 with the authors' numbers. Not run yet. We
+                                                           estimate 80 minutes on a GPU that sustains 80
+                                                           TFLOP/s, after the teacher's training
 
 Copy it
-    A loss works by itself. For train_generator() and distill() take common.py and this file, without its
-    main() and its import from running.
+    Each loss function can be copied alone. For train_generator() and distill(), copy common.py, which also
+    has DataSpec, and this file. In the copy, delete main() and the import from running.
 
 Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
 x1, x2 the images of the two halves of a batch, P1, P2 the teacher's probabilities for them; CE cross-entropy;
@@ -46,21 +48,22 @@ from running import Run, command_line, dataset_spec, load_networks, parse
 @dataclass(frozen=True)
 class Settings:
     """The authors' numbers for CIFAR-10, ResNet-34 to ResNet-18 [code]."""
-    epochs: int = 1000                  # phase 2: of --student-steps steps each; scored after each
+    epochs: int = 1000                  # phase 2: epochs of --student-steps steps each
     student_steps: int = 120            # phase 2: steps of the student in an epoch
     batch_size: int = 512               # phase 2: images per step
     generator_epochs: int = 20          # phase 1: rounds of --generator-steps steps each
     generator_steps: int = 120          # phase 1: steps of the generator in a round
     synthesis_batch_size: int = 512     # phase 1: images per step, both halves together
     latent_dim: int = 1000              # length of the random vector z
-    generator_width: int = 128          # channels of the generator's first layers; later half of them
+    generator_width: int = 128          # channels of the generator's first layers; half as many later
     lr_generator: float = 1e-3          # Adam's learning rate for the generator, constant
     oh: float = 1.0                     # weight of one_hot_loss
     ie: float = 1.0                     # weight of information_entropy_loss
     diversity_weight: float = 1.0       # weight of the diversity term
     diversity: Literal["ds", "ms", "none"] = "ds"   # ds: diversity_loss; ms: mode_seeking_loss (note 6)
     penalty: Literal["exp", "fixed"] = "exp"        # exp: e^(the rise of a loss); fixed: the loss (note 6)
-    reference: Literal["epoch", "previous"] = "epoch"   # compare losses with a round's 2nd step, or the last
+    # epoch: a loss is compared with its value at the second step of a round; previous: at the step before
+    reference: Literal["epoch", "previous"] = "epoch"
     student_optimizer: Literal["sgd", "adam"] = "adam"  # of the student: SGD with momentum 0.9, or AdamW
     lr_student: float = 2e-3            # learning rate of the student at the start
     weight_decay: float = 0.0           # of the student
@@ -141,9 +144,10 @@ def diversity_loss(images, teacher_logits):
 
         L_ds = ‖P2 - P1‖ / (‖x2 - x1‖ + 1e-8)
 
-    Images (N, C, H, W) and logits (N, K), N even -> a scalar, at least 0. Each norm is one number for a whole
-    half batch. Halves with different answers must look different, too. The ratio also falls when the answers
-    grow alike; the entropy loss works against that.
+    Images (N, C, H, W) and logits (N, K), N even -> a scalar, at least 0. Each norm is taken over all
+    differences between the two halves at once, so it is one number and not one for each pair. Halves with
+    different answers must look different, too. The ratio also falls when the answers grow alike; the other
+    two losses work against that, because the answers must be certain and cover all classes.
     """
     (images_1, images_2), (p_1, p_2) = images.chunk(2), teacher_logits.softmax(1).chunk(2)
     return torch.linalg.vector_norm(p_2 - p_1) / (torch.linalg.vector_norm(images_2 - images_1) + 1e-8)
@@ -213,8 +217,8 @@ def train_generator(teacher, data, settings, run=None):
 
     teacher, data, run: as in distill()
 
-    Returns the generator, in train mode. Raises BadInput if a batch cannot be cut into two equal halves, and
-    FloatingPointError if a loss is no longer finite.
+    Returns the generator, in train mode. Raises BadInput if a batch cannot be cut into two equal halves or a
+    side is no multiple of 4, and FloatingPointError after a round in which a loss was not finite.
     """
     check(settings)
     device, width = next(teacher.parameters()).device, settings.generator_width
@@ -231,7 +235,8 @@ def train_generator(teacher, data, settings, run=None):
             for step in steps(settings.generator_steps, "synthesis"):
                 # -------- (1) Generator: min  e^(L_oh - r_oh) + e^(L_ie - r_ie) + ‖P2 - P1‖ / ‖x2 - x1‖
                 z = torch.randn(settings.synthesis_batch_size, settings.latent_dim, device=device)
-                images = row_major(generator(z))                              # (N, L) -> (N, C, H, W)
+                # in plain memory order, because some teachers call x.view
+                images = row_major(generator(z))                             # (N, L) -> (N, C, H, W)
                 teacher_logits = teacher(images)                             # (N, K)
                 loss_oh = one_hot_loss(teacher_logits)
                 loss_ie = information_entropy_loss(teacher_logits)
@@ -256,7 +261,7 @@ def train_generator(teacher, data, settings, run=None):
                     reference_ie.copy_(loss_ie.detach())
                 means.add(loss_oh=loss_oh, loss_ie=loss_ie, loss_diversity=loss_diversity)
         losses = means.take()                                                # raises if one is not finite
-        if run:                                                              # it shows the last batch
+        if run:                                                  # samples.png shows the round's last batch
             run.log(generator_epoch, losses, denormalize(images.detach(), data), teacher_logits.argmax(1))
     return generator
 
@@ -275,8 +280,8 @@ def distill(teacher, student, data, settings, run=None, generator=None):
 
     teacher    any classifier; it is not changed
     data       a DataSpec: image shape, number of classes, normalisation
-    run        writes log and checkpoints; main() passes one, your own code need not
-    generator  what train_generator() returned; without it, phase 1 runs first
+    run        writes log and checkpoints of phase 2; main() passes one, your own code need not
+    generator  what train_generator() returned; without it, phase 1 runs first, and writes nothing
 
     Returns the generator. Raises what train_generator() raises.
     """
@@ -305,7 +310,7 @@ def distill(teacher, student, data, settings, run=None, generator=None):
                 optimizer.step()
                 means.add(loss_kd=loss_kd)
         losses = means.take()                                                # raises if one is not finite
-        if run:                                                              # it shows the last batch
+        if run:                                                  # samples.png shows the epoch's last batch
             run.log(epoch, losses, denormalize(images, data), teacher_logits.argmax(1))
     return generator
 
@@ -323,7 +328,8 @@ def main(argv=None):
         generator="folder of phase 1's generator [checkpoints/TEACHER.rdskd-DIVERSITY-PENALTY-seedN]")
     check(settings)
     data = dataset_spec(options)
-    # built here, because it refuses an image size, and this must happen before a teacher is trained
+    # It is built first because it raises BadInput for sides that are no multiples of 4. The user should learn
+    # that before a teacher is trained.
     generator = Generator(settings.latent_dim, data.image_shape, settings.generator_width)
     teacher, student = load_networks(options, settings, data)
     run = Run(options, settings, teacher, student, data)
@@ -341,37 +347,36 @@ if __name__ == "__main__":
 
 
 # ----------------------------------------------------------------------------------------------------- notes
-# Where the paper, the authors' code and this file disagree. A flag computes the other reading. Where a
-# note gives the student's accuracy on CIFAR-10, the flag was added to the preset cifar10-cpu, which itself
-# ends at 45.2 ± 2.8 % (three seeds each, test images, last epoch).
+# Where the paper's abstract, the authors' code and this file disagree, and what we measured. Accuracies on
+# CIFAR-10 are those of the preset cifar10-cpu with the flag that the note names, on the test images after
+# the last epoch, over three seeds. Without any flag the preset ends at 45.2 ± 2.8 %.
 #
 #  1. The reference. The abstract speaks of an exponential penalty on loss increments. The code compares a
-#     loss with its value at the second step of a round, until the second step of the next round; in the
-#     first two steps of all, with 0. We follow it. With --reference previous, a loss is compared with its
-#     value one step before, so that its weight stays near 1: 42.1 ± 7.1 %, within the spread.
+#     loss with its value at the second step of a round, until the second step of the next round. In the
+#     very first two steps it compares with 0. We follow it. With --reference previous, the weights stay
+#     near 1 and the student ends at 42.1 ± 7.1 %, within the spread.
 #  2. The diversity loss. The code takes one ratio of norms over half batches, not a mean over pairs, and
-#     writes it as 1 / (‖x2 - x1‖ / ‖P2 - P1‖ + 1e-20). When a generator has collapsed, this is 1e20 (two
-#     equal halves) or has a NaN gradient (equal answers). Our form is finite there, else the same.
+#     writes it as 1 / (‖x2 - x1‖ / ‖P2 - P1‖ + 1e-20). If a generator has collapsed, that can be 1e20 or
+#     NaN, because one of the norms is 0. Our form stays finite there and is the same elsewhere.
 #  3. The fixed generator. In phase 2 it is in eval mode [code], so its BatchNorm layers use running
 #     statistics, the last one, too. The images of a batch no longer have mean 0 and deviation 1 exactly.
-#  4. The entropy loss has the natural logarithm [code], where DAFL's last code has log10.
+#  4. The entropy loss has the natural logarithm [code], where the newest version of DAFL's code has log10.
 #  5. Weights. All are 1 [code]. --oh, --ie and --diversity-weight are there for your experiments.
 #  6. MSKD is a rival method in the abstract. We found neither its code nor a paper of that name. [ours]:
-#     --diversity ms --penalty fixed, with MSGAN's diversity term. Its results cannot be told from RDSKD's:
-#     on digits 95.9 and 95.4 %, on MNIST 97.9 and 98.2, on CIFAR-10 47.7 and 45.2, with spreads of up to
-#     2, 0.5 and 5 points. No diversity term at all, --diversity none, gives 94.6 ± 1.9 % on digits.
+#     --diversity ms --penalty fixed, with MSGAN's diversity term. MSKD and RDSKD, in this order, reach 95.9
+#     and 95.4 % on digits, 97.9 and 98.2 on MNIST, 47.7 and 45.2 on CIFAR-10. These differences are within
+#     the spread. Without any diversity term (--diversity none) digits end at 94.6 ± 1.9 %.
 #  7. Scoring. The authors score the student on the whole test set after every 10 steps, which is about
 #     27 % of the work of a CIFAR-10 run. We score it after every epoch (--eval-every). Both report the
 #     last student.
-#  8. Work saved. The teacher sees both halves of a batch in one pass; no gradient is computed that nothing
-#     reads; each upsampling is merged with the convolution after it (UpsampledConv2d in common.py). The
-#     result is the same up to rounding. The generator of phase 1 is kept in checkpoints/ for other
-#     students.
+#  8. Work saved. The teacher sees both halves of a batch in one pass, gradients that nothing uses are not
+#     computed, and each upsampling is merged with the convolution after it (UpsampledConv2d in common.py).
+#     The result is the same up to rounding. Phase 1's generator is kept in checkpoints/ for other students.
 #  9. How long to train the generator. Longer is not better: on MNIST, after 30 epochs of the student (one
 #     seed), 20 rounds of 120 steps gave 92.5 % and 5 rounds 96.7 %. With a tenth of the authors' rate and
 #     60 epochs, the preset `mnist-cpu`, three seeds end at 98.2 ± 0.1 %. Flags: --generator-epochs,
 #     --lr-generator.
-# 10. Teachers. The authors train theirs for 199 epochs (MNIST, SGD at 1e-3 without momentum) or 499.
-#     SVHN's begins with Adam at 0.01, because it shares the schedule of CIFAR-10's SGD. Ours follow the
-#     recipe in common.py. We normalise SVHN by 0.5 and 0.5, the authors by its own mean and deviation.
+# 10. Teachers. The authors train the one for MNIST for 199 epochs (SGD at 1e-3 without momentum) and the
+#     others for 499. Ours follow the recipe in running.py. We normalise SVHN by 0.5 and 0.5, the authors by
+#     its own mean and deviation.
 # 11. DAFL's activation loss does not occur here [code].

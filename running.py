@@ -100,7 +100,7 @@ def is_file_name(name):
 
 def teacher_path(dataset, arch):
     """checkpoints/<dataset>_<name>.pt, where every method looks for the teacher of that name."""
-    return Path("checkpoints", f"{re.sub(r'[^A-Za-z0-9_@-]+', '_', dataset)}_{arch}.pt")
+    return Path("checkpoints", re.sub(r"[^A-Za-z0-9_@-]+", "_", f"{dataset}_{arch}") + ".pt")
 
 
 def recipe_of(arch, dataset, epochs=None, batch_size=None):
@@ -1106,7 +1106,7 @@ def main(argv=None):
     parser = Parser(prog="common.py", allow_abbrev=False,
                      description="Train a teacher on the real data and keep it in one file.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="model name")
+    what.add_argument("--model", help="model name, or module:function for a network of your own")
     what.add_argument("--inspect", help="a network, as --teacher takes it: say what it has, and stop")
     parser.add_argument("--dataset", default="cifar10", help=f"{dataset_names()} [cifar10]")
     parser.add_argument("--epochs", type=number_type(int, True), help="passes over the set [by data set]")
@@ -1118,13 +1118,18 @@ def main(argv=None):
         print("\n".join(inspect_network(options.inspect)))
         return
     set_up_device(options)
-    check_model_name(options.model)
+    if ":" not in options.model:
+        check_model_name(options.model)
     if options.dataset not in DATASETS and not options.dataset.startswith("folder:"):
         raise BadInput(f"unknown data set '{options.dataset}'; choose from {dataset_names()}")
     path = Path(options.out) if options.out else teacher_path(options.dataset, options.model)
     if path.exists():
         raise BadInput(f"{path} is there already; name another file with --out, or move it away")
     recipe = recipe_of(options.model, options.dataset, options.epochs, options.batch_size)
+    data = _spec_of(options.dataset)
+    with seeded(0):
+        model = build_model(options.model, data.num_classes, data.image_shape)
+    check_answers(model, options.model, data, training=True)
     train_teacher(options.model, options.dataset, path, options, recipe)
     print(f"{path}: test accuracy {_shown(read_classifier(path)['test_acc'])}")
 

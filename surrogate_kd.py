@@ -10,10 +10,8 @@ and the next begins. So we keep equally many pictures of each class, augment and
 of them just across a boundary between two classes of the teacher.
 
     pictures ──► teacher ──► keep equally many of each class ──► the pool                     (once)
-
     the pool ──► augment, mix ──► images ─┬──► teacher ──► logits ─┐                          (each step)
                                           └──► student ──► logits ─┴► how far apart? ──► update the student
-
     the pool ──► augment, mix ──► push across a boundary of the teacher ──► half of a batch   (optional)
 
 Run it
@@ -22,16 +20,18 @@ Run it
                                                 subfolders; needs a GPU, not run yet
 
 Copy it
-    A loss works by itself, and so does a generator of pictures with the helper above it. For balanced_pool()
-    and distill() take common.py and this file, without its main() and its import from running.
+    Each loss and each generator of pictures can be copied alone, with the helper that it calls. For the
+    method, copy common.py and this file without "Pictures that are there", main() and running:
+        draw = lambda start, n: procedural_pixels("leaves", n, data, settings, device)
+        pixels, labels, _ = balanced_pool(teacher, data, settings, draw)
+        distill(teacher, student, data, settings, surrogate=pixels, pseudo_labels=labels)
 
 Letters: T teacher; N images in a batch, M pictures in the pool, K classes, D features; an image is C x H x W,
 a square one s x s; τ temperature; λ share of the other picture in mixup. Pixels are values in [0, 1]. The
 class that the teacher sees in a picture is the picture's pseudo-label.
 Sources: [code] the public part of the authors' code, loganfrank/temp-good-kd at 51aff49; [notes] two readers'
 notes of the paper (we did not have its text); [generators] the code of those who invented the computed
-pictures (note 18); [ours] a reconstruction or a choice of this file. Where they disagree is listed at the end
-of the file: "note 3" is the third entry there.
+pictures (note 18); [ours] a choice of this file. "Note 3" is the third entry at the end of the file.
 """
 import hashlib
 import math
@@ -60,15 +60,15 @@ from running import (Run, command_line, dataset_spec, digest, is_file_name, load
 class Settings:
     """For a teacher of CIFAR-10 and computed pictures.
 
-    Most numbers are those of the one config that the authors released [code]. Temperature, the operations of
-    RandAugment and the size of the pool are for computed pictures [notes]. The kind of pictures, the budget,
-    the padding and the lengths of the attack's steps are ours.
+    The training's numbers are those of the one config that the authors released [code]. Temperature, the
+    operations of RandAugment and the size of the pool are for computed pictures [notes]. Ours are the kind of
+    pictures, the budget, strokes, visits, the padding, and all numbers of the attack but its threshold.
     """
     epochs: int = 400                   # passes over the pool
     batch_size: int = 256               # images in a student's step
     visits: int = 1                     # student steps on each batch that the teacher has answered (note 21)
     surrogate: str = "shader"           # a generator such as leaves, a data set, folder:PATH, RUN/images.pt
-    pool_images: int = 50_000           # pictures in the pool; --balance rounds up to equally many a class
+    pool_images: int = 50_000           # pictures in the pool; --balance rounds up to full classes
     pool_budget: int = 5                # --balance looks at no more than this many times as many pictures
     balance: bool = True                # keep equally many pictures of each class that the teacher sees
     strokes: bool = False               # turn computed pictures into bright marks on black (note 13)
@@ -82,16 +82,18 @@ class Settings:
     mirror: bool = True                 # mirror half of the images
     pad: int = 4                        # pixels around an image before the random crop; 0 = no crop
     fill: Literal["mean", "black"] = "mean"     # what moves in at the borders: the mean colour, or black
-    mixup: bool = True                  # mix each image with another one of its batch
+    mixup: bool = True                  # mix each image with one of its batch
     optimizer: Literal["sgd", "adam"] = "sgd"   # SGD with Nesterov momentum 0.9, or AdamW
     lr_student: float = 0.1             # at the start; it falls along a cosine to 1e-6
     weight_decay: float = 1e-4          # of the student
     boundary_attack: bool = False       # put images from the teacher's boundaries into each batch (note 1)
     attack_share: float = 0.5           # their share of a batch if enough are found; at most 1 (note 4)
     attacks: int = 400                  # how often in a run they are made anew; at most once an epoch
-    attack_target: Literal["pseudo", "random"] = "pseudo"   # push to the pseudo-label, or to another class
+    # pseudo: push an image that augmentation moved to another class back to its pseudo-label; random: push
+    # every image to a class that the teacher does not see in it (note 6)
+    attack_target: Literal["pseudo", "random"] = "pseudo"
     attack_step: float = 2.0            # length of the first step, in grey levels of 255
-    attack_radius: float = 32.0         # largest change of a pixel, in grey levels of 255
+    attack_radius: float = 32.0         # largest change of a pixel in the search, in grey levels of 255
     attack_iterations: int = 20         # largest number of steps for a picture
     attack_threshold: float = 0.9       # the teacher must be less certain than this on both sides
     deeper_step: float = 4.0            # then one step away from the boundary, in grey levels of 255
@@ -121,7 +123,7 @@ PRESETS = {    # for each data set, the first that fits is taken unless --preset
     "mnist": Preset("mnist", "lenet5_bn", "lenet5_half_bn", MNIST),
     "fashion_mnist": Preset("fashion_mnist", "lenet5_bn", "lenet5_half_bn", MNIST),
     "digits": Preset("digits", "wrn16_2", "wrn16_1", DIGITS),
-    # [ours]: as above, but real pictures are neither balanced nor made into strokes
+    # [ours]: as above, but real pictures are not made into strokes, and not balanced, as in the paper [notes]
     "mnist-real": Preset("mnist", "lenet5_bn", "lenet5_half_bn", replace(
         MNIST, surrogate="fashion_mnist", balance=False, strokes=False, elastic=False,
         attack_target="random")),
@@ -200,12 +202,12 @@ def evenness(counts):
 
 
 def feature_spread(features, predicted):
-    """How much the D features of one image differ from one another, averaged over the images [code].
+    """A number that the authors print. Despite its name it does not compare images [code].
 
         mean over classes of the mean over the class's images of std(f),   f the D features of an image
 
-    features (N, D), predicted class (N,) -> a float, at least 0. It does not say whether two images differ: a
-    set that repeats one image has the same value as that image alone.
+    features (N, D), predicted class (N,) -> a float, at least 0. It is the deviation among the D features of
+    a single image, so a set that repeats one image has the same value as that image alone.
     """
     deviation = features.std(1)                                              # (N,)
     return torch.stack([deviation[predicted == label].mean() for label in predicted.unique()]).mean().item()
@@ -213,7 +215,7 @@ def feature_spread(features, predicted):
 
 # ---------------------------------------------------- augmentation: pixels (N, C, H, W) in [0, 1] -> the same
 def mixup(pixels, coefficients, order):
-    """Mixes each image with another one of the batch [code].
+    """Mixes each image with one of the batch [code].
 
         (1 - λ) x + λ x',   λ a number for each image, x' the image at its place in `order`
 
@@ -235,7 +237,7 @@ def augment_surrogates(pixels, settings):
     if settings.randaugment:
         operations = v2.RandAugment(settings.randaugment, settings.magnitude, fill=fill.flatten().tolist(),
                                     interpolation=InterpolationMode.BILINEAR)
-        # torchvision draws one set of operations for all images of a call, so 16 images share theirs
+        # torchvision draws one set of operations for all images of a call, so we call it for 16 at a time
         pixels = torch.cat([operations(part) for part in pixels.split(16)]).clamp(0, 1)
     if settings.elastic:
         bend = v2.RandomApply([v2.ElasticTransform(50.0 * side / 32, 5.0 * side / 32)], 0.5)
@@ -461,8 +463,8 @@ def full_batches(n, size, device, distinct=False):
     """Endless batches of `size` indices below n, pass after pass, each pass in a random order.
 
     Where a pass ends within a batch, the next pass fills the batch up, and may repeat an index of it. With
-    `distinct` it does not (if `size` is at most n): indices that the batch already has are left for later
-    batches.
+    `distinct` no batch has an index twice (if `size` is at most n): an index of the next pass that the batch
+    already has comes in a later batch.
     """
     order = torch.empty(0, dtype=torch.long, device=device)
     while True:
@@ -570,7 +572,7 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
                 optimizer.step()
                 observe(means, answers, loss_kd, student_logits, teacher_logits)
         terms = dict(means.take(), evenness=evenness(answers), attacked=found)   # raises if one is not finite
-        if run:                                                              # the last batch, for the picture
+        if run:                                                  # samples.png shows the epoch's last batch
             run.log(epoch, terms, pixels, teacher_logits.argmax(1))
 
 
@@ -610,8 +612,9 @@ def main(argv=None):
 
 
 # ==========================================================================================================
-# Pictures from nothing. The method ends here. Each generator below draws n pictures (n, 3, s, s) with values
-# in [0, 1] on `device`, and takes all its random numbers from torch. Notes 17 to 19 say what is simplified.
+# Pictures from nothing. The method ends here. Each generator draws n pictures (n, 3, s, s), or noise
+# (n, C, s, s), with values in [0, 1] on `device`, and takes all its random numbers from torch. Notes 17 to 19
+# say what is simplified. leaves_images is in common.py, because every run is scored on such pictures.
 # ==========================================================================================================
 def noise_images(n, size, device="cpu", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
     """Gaussian noise, each pixel by itself, clamped to [0, 1] [notes].
@@ -793,11 +796,11 @@ GENERATORS = {"noise": noise_images, "spectrum": spectrum_images, "leaves": leav
 def procedural_pixels(name, n, data, settings, device):
     """n pictures of the generator `name`, in the shape of the teacher's data.
 
-    They are made at 32x32 or larger, the size for which the generators' numbers are meant, and then resized.
-    -> (n, C, H, W)
+    They are made at 32x32 or larger, the size for which the generators' numbers are meant, and then resized;
+    noise is made in its final size.   -> (n, C, H, W)
     """
     size, more = max(32, *data.image_shape[1:]), {}
-    if name == "noise":                            # in its final size: resizing would weaken its contrast
+    if name == "noise":                                          # because resizing would weaken its contrast
         size, more = max(data.image_shape[1:]), dict(mean=data.mean, std=data.std)
     if name == "fractal":
         more = dict(background=spectrum_images(n, size, device))
@@ -809,7 +812,7 @@ def procedural_pixels(name, n, data, settings, device):
 # Pictures that are there: another data set, or any folder. The last functions get pictures for main().
 # ==========================================================================================================
 def real_pictures(name, data_dir="data"):
-    """The pictures, without labels, of a data set's training half or of all that is in folder:PATH.
+    """The pictures, without labels, of a data set's training images or of all that is in folder:PATH.
 
     -> how many there are; read(rows, size) -> pixels (n, C, H, W) in [0, 1]; a text that changes if a file is
     added, renamed or has another length
@@ -872,8 +875,8 @@ def find_pictures(name, options):
                        "name, folder:PATH, or the images.pt of a run of deepinversion.py")
     own = read_classifier(options.teacher)["dataset"] if is_file_name(options.teacher) else options.dataset
     if same_data(name, own):
-        raise BadInput(f"{name} is the teacher's own data; name another --surrogate, or type regulated_kd.py "
-                       "--mode kd --plain-teacher")
+        raise BadInput(f"{name} is the teacher's own data; name another --surrogate. To distil on the "
+                       "teacher's own data, type regulated_kd.py --mode kd --plain-teacher")
     return real_pictures(name, options.data_dir)
 
 
@@ -917,18 +920,18 @@ if __name__ == "__main__":
 #  2. When it runs. We attack --attacks times in a run, keep the images with 8 bits, and use them until the
 #     next attack. They are made from augmented pictures, and are not augmented again, because that would
 #     move them off the boundary [ours].
-#  3. How many pictures. Each attacked picture yields up to four images, so an eighth of the pool is attacked
-#     to fill half of each batch (--attack-share). An epoch has as many steps as without the attack, so its
-#     clean images are half a pass over the pool [ours].
+#  3. How many pictures. Half of an epoch's images are attacked ones, as many as half the pool
+#     (--attack-share). Each attacked picture yields up to four, so we attack an eighth of the pool. An epoch
+#     has as many steps as without the attack [ours].
 #  4. An attack that finds few images. A batch has no attacked image twice: it takes at most as many as were
 #     found, and clean images in place of the others. In the next batches the same images may come again.
 #     If fewer were found than half a pass has places for, a note in the log says how many [ours].
-#  5. Numbers of the attack. The confidence limit 0.9 and the factors 1.1 and 0.5 are the code's defaults. The
-#     configs were not released: --attack-step, --attack-radius, --attack-iterations and --deeper-step are
-#     ours, and the same for all kinds of pictures.
-#  6. Target of the attack (--attack-target). For computed pictures it is the pseudo-label: augmentation and
-#     mixup may have changed the class that the teacher sees. For real pictures it is another class at random
-#     [code]. A picture that is already in its target class, or never gets there, yields no image.
+#  5. Numbers of the attack. The confidence limit 0.9 and the factors 1.1 and 0.5 are the code's defaults. No
+#     config with an attack was released: --attack-step, --attack-radius, --attack-iterations and
+#     --deeper-step are ours, and the same for all kinds of pictures.
+#  6. Target of the attack (--attack-target). Augmentation and mixup move some computed pictures out of the
+#     class that the teacher saw before. These are pushed back to it. A real picture is pushed to a class at
+#     random that the teacher does not see in it [code]. One that never gets to its class yields no image.
 #  7. The step deeper. The code has it, but the setting that gives its direction was not released. We step
 #     away from the boundary, further into the class in which the image is [ours].
 #  8. Temperature. The notes say 2, but 20 for computed pictures and for teachers of fine-grained classes. The
@@ -942,9 +945,9 @@ if __name__ == "__main__":
 #     pictures of other classes [ours]. On MNIST, without and with balance: leaves 95.04 ± 1.09 and 96.57 ±
 #     0.13 %, noise 34.57 ± 0.35 and 41.12 ± 4.69, Fashion-MNIST's images 90.17 ± 0.15 and 94.45 ± 0.95.
 # 11. Evenness. The authors' function for it was not released; the values that the notes quote fit ours. On
-#     MNIST, sets with about 0.8 or more before balancing gave students within five points of the teacher,
-#     sets with 0.2 to 0.3 gave students more than twenty points below it. It is no guarantee: noise has 0.59
-#     and gave 41 %, a set of only 4,000 fractals has 0.84 and gave 76 %.
+#     MNIST, sets of 20,000 pictures with about 0.8 or more before balancing gave students within five points
+#     of the teacher, sets with 0.2 to 0.3 more than twenty points below it. It is no guarantee: noise has
+#     0.59 and gave 41 %, 4,000 fractals have 0.84 and gave 76 %.
 # 12. Feature spread. The code prints it beside the evenness. It is the deviation across the features of one
 #     image, and it grows with the size of the features, so there is a second one for vectors of length 1. It
 #     cannot tell whether pictures differ from one another. `pixel_std` in the log can, for the last batch.
@@ -966,12 +969,12 @@ if __name__ == "__main__":
 #     hirokatsukataoka16/FractalDB-Pretrained-ResNet-PyTorch and catalys1/fractal-pretraining. The paper has
 #     shaders, leaves and noise [notes]; the other three are additions of ours.
 # 19. What the generators leave out. The original spectrum also matches colours and wavelets of photographs.
-#     Leaves, fractals and generator stop earlier here, because 32x32 shows less, and leaves do not get so
-#     small: a tenth of the side, not 0.03.
+#     Leaves, fractals and generator stop earlier here, because 32x32 shows less, and the smallest leaf has a
+#     tenth of the side instead of 0.03.
 # 20. Optimizer. The released script builds it from its name alone and so ignores the configured rate and
 #     decay; it steps a schedule of epochs at every batch. We do what the config asks for: SGD 0.1, momentum
 #     0.9, decay 1e-4, a cosine to 1e-6. Nesterov is ours, and the decay of 5e-4 in cifar10-cpu-real: two
 #     trials with mixup gave 82.88 % with it and 81.76 with 1e-4, on validation images.
-# 21. Visits. --visits is in no paper: the student takes one step on each answered batch at once, and the
-#     others later in the epoch, in random order. An epoch has as many steps as without it, but asks the
-#     teacher for fewer answers and sees 1/visits of the pool.
+# 21. Visits. --visits is in no paper. With --visits 3, the student trains three times on each batch that the
+#     teacher has answered: at once, and twice later in the epoch. An epoch has as many steps as without it,
+#     but asks the teacher for a third of the answers and sees a third of the pool.

@@ -25,8 +25,14 @@ from common import BadInput
 from running import Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHERS = {**dict.fromkeys(("cifar10", "cifar10-readings"), ("cifar10-val", "wrn16_2")),  # set, network
-            **dict.fromkeys(("mnist", "mnist-readings"), ("mnist-val", "lenet5"))}
+OWN = {"cifar10": ("cifar10-val", "wrn16_2"), "mnist": ("mnist-val", "lenet5")}   # set, network
+FOREIGN = {     # {race: (set, network)}: teachers on which no preset was tuned, see foreign.py
+    "mnist-digit-recognizer": ("mnist28", "benchmarks.foreign:digit_recognizer"),
+    "mnist-wrn": ("mnist-val", "wrn10_1"),
+    "mnist-group-norm": ("mnist-val", "benchmarks.foreign:group_norm"),
+    "mnist-mixer": ("mnist-val", "benchmarks.foreign:mixer"),
+}
+TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()}, **FOREIGN}
 READINGS = {    # {row: flags}: other readings of paper and code, beside the rows of a race
     "csd-raw-head": "--raw-head",
     "csd-without": "--csd 0",
@@ -66,6 +72,7 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
     },
     "mnist": {
         "csd": "csd.py --preset mnist-cpu",
+        "plain-inversion": "plain_inversion.py --preset mnist-cpu",
         "cudfkd": "cudfkd.py --preset mnist-cpu",
         "dafl": "dafl.py --preset mnist-cpu",
         "rdskd": "rdskd.py --preset mnist-cpu",
@@ -89,6 +96,8 @@ RACES["cifar10-readings"].update({
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })
+ANYWHERE = "rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd", "zskd"
+RACES.update({name: {row: RACES["mnist"][row] for row in ANYWHERE} for name in FOREIGN})
 STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",
           "surrogate_kd": "pool", "regulated_kd": "significance", "zskd": "pool"}
 
@@ -127,8 +136,10 @@ def main(argv=None):
         if row not in commands:
             raise BadInput(f"{options.race} has no row '{row}'; choose from {', '.join(commands)}")
     dataset, network = TEACHERS[options.race]
-    teacher = f"benchmarks/teachers/{dataset}_{network}.pt"
-    if not options.list and not (ROOT / teacher).exists():
+    teacher = f"benchmarks/teachers/{dataset}_{network.rpartition(':')[2]}.pt"
+    if not dataset.endswith("-val"):                          # it comes with its weights
+        teacher = f"{network} --dataset {dataset}"
+    elif not options.list and not (ROOT / teacher).exists():
         raise BadInput(f"the race's teacher is not there; train it with: python common.py --model {network} "
                        f"--dataset {dataset} --out {teacher}")
     logged = {run[0]["arguments"]["out"] for run in table.read()[0] if table.race_row(run[0]) and counts(run)}
@@ -138,7 +149,7 @@ def main(argv=None):
             name = f"race-{options.race}/{row}-seed{seed}"
             out, (script, *flags) = f"runs/{name}", commands[row].split()
             state = "finished" if out in logged else "begun" if rows_of(out) else "to do"
-            flags += ["--teacher", teacher, "--seed", str(seed), "--threads", threads]
+            flags += ["--teacher", *teacher.split(), "--seed", str(seed), "--threads", threads]
             print(f"{row:>20s}  seed {seed}  {state:8s}  python {script} {' '.join(flags)}", flush=True)
             if not options.list and out not in logged:
                 flags += own_stage(Path(script).stem, f"checkpoints/{name}")

@@ -1,0 +1,83 @@
+"""Teachers that no preset was tuned on: the networks of the foreign-teacher tables.
+
+    python common.py --inspect benchmarks.foreign:digit_recognizer
+    python common.py --model benchmarks.foreign:mixer --dataset mnist-val --out mixer.pt
+
+Each function returns a network, as --teacher and --model take it. What counts as a foreign teacher, and how
+the comparison is run, stands in benchmarks/README.md. The first network comes with its weights, from a
+package that somebody else published. The others are trained by commands like the second.
+"""
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from common import DATASETS
+
+
+def digit_recognizer():
+    """The CNN of the package digit-recognizer-py 0.1.0, trained by its author on MNIST of 28x28 pixels.
+
+    Three convolutions, no norm, 390,410 weights. It needs: pip install --no-deps digit-recognizer-py
+    """
+    where = importlib.util.find_spec("digit_recognizer")
+    if where is None:
+        raise ImportError("run this first: pip install --no-deps digit-recognizer-py")
+    folder = Path(where.submodule_search_locations[0])
+    # The file of its network alone: the package as a whole imports more than the network needs
+    spec = importlib.util.spec_from_file_location("digit_recognizer_model", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    network = module.CNN()
+    network.load_state_dict(torch.load(folder / "models/handwriting_model.pth", map_location="cpu"))
+    return network, DATASETS["mnist28"]
+
+
+class Residual(nn.Sequential):
+    """x + f(x)"""
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def group_norm():
+    """A small residual network with GroupNorm, for 32x32 grey images: 130,538 weights."""
+    def convolution(width_in, width_out, stride):
+        return [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.GroupNorm(8, width_out)]
+    return nn.Sequential(
+        *convolution(1, 32, 2), nn.ReLU(),                                   # (N, 32, 16, 16)
+        *convolution(32, 64, 2), nn.ReLU(),                                  # (N, 64, 8, 8)
+        Residual(*convolution(64, 64, 1), nn.ReLU(), *convolution(64, 64, 1)), nn.ReLU(),
+        Residual(*convolution(64, 64, 1), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+class MixTokens(nn.Module):
+    """Layer norm, then two linear layers over the patches, the same for every channel."""
+    def __init__(self, patches, width, hidden):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.Sequential(nn.Linear(patches, hidden), nn.GELU(), nn.Linear(hidden, patches))
+
+    def forward(self, x):                                                    # (N, patches, width)
+        return self.mix(self.norm(x).transpose(1, 2)).transpose(1, 2)
+
+
+def mixer():
+    """A small MLP-Mixer for 32x32 grey images: patches of 4x4, no convolution over pixels, LayerNorm.
+
+    77,322 weights. Structure of arXiv 2105.01601.
+    """
+    patches, width = 64, 64
+    blocks = [block for _ in range(3) for block in (
+        Residual(MixTokens(patches, width, 64)),
+        Residual(nn.LayerNorm(width), nn.Linear(width, 128), nn.GELU(), nn.Linear(128, width)))]
+    return nn.Sequential(
+        nn.Conv2d(1, width, 4, 4), nn.Flatten(2), Transpose(), *blocks,      # (N, patches, width)
+        nn.LayerNorm(width), Transpose(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+class Transpose(nn.Module):
+    """(N, a, b) -> (N, b, a)"""
+    def forward(self, x):
+        return x.transpose(1, 2)
