@@ -62,8 +62,7 @@ class Settings:
     diversity_weight: float = 1.0       # weight of the diversity term
     diversity: Literal["ds", "ms", "none"] = "ds"   # ds: diversity_loss; ms: mode_seeking_loss (note 6)
     penalty: Literal["exp", "fixed"] = "exp"        # exp: e^(the rise of a loss); fixed: the loss (note 6)
-    # epoch: a loss is compared with its value at the second step of a round; previous: at the step before
-    reference: Literal["epoch", "previous"] = "epoch"
+    reference: Literal["epoch", "previous"] = "epoch"   # compare with a round's 2nd step, or the step before
     student_optimizer: Literal["sgd", "adam"] = "adam"  # of the student: SGD with momentum 0.9, or AdamW
     lr_student: float = 2e-3            # learning rate of the student at the start
     weight_decay: float = 0.0           # of the student

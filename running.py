@@ -924,7 +924,7 @@ class Run(Loop):
         if self.test:
             print(f"last epoch: student {_shown(last)}, teacher {_shown(self.teacher_acc)} on the test "
                   f"images\n"
-                  f"agreement with the teacher: {_shown(row['agreement'])} there, {drawn}\n"
+                  f"agreement with the teacher: {_shown(row['agreement'])} on the test images, {drawn}\n"
                   f"[best epoch, chosen on the test set: {_shown(best)}; calibration error {_shown(ece)}; "
                   f"{row['seconds']:.0f} s]")
         else:

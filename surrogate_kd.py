@@ -89,9 +89,7 @@ class Settings:
     boundary_attack: bool = False       # put images from the teacher's boundaries into each batch (note 1)
     attack_share: float = 0.5           # their share of a batch if enough are found; at most 1 (note 4)
     attacks: int = 400                  # how often in a run they are made anew; at most once an epoch
-    # pseudo: push an image that augmentation moved to another class back to its pseudo-label; random: push
-    # every image to a class that the teacher does not see in it (note 6)
-    attack_target: Literal["pseudo", "random"] = "pseudo"
+    attack_target: Literal["pseudo", "random"] = "pseudo"   # push back to the pseudo-label, or away (note 6)
     attack_step: float = 2.0            # length of the first step, in grey levels of 255
     attack_radius: float = 32.0         # largest change of a pixel in the search, in grey levels of 255
     attack_iterations: int = 20         # largest number of steps for a picture

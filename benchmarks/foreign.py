@@ -16,6 +16,14 @@ import torch.nn as nn
 from common import DATASETS
 
 
+RACES = {       # {race of race.py: (data set, network)}
+    "mnist-digit-recognizer": ("mnist28", "benchmarks.foreign:digit_recognizer"),
+    "mnist-wrn": ("mnist-val", "wrn10_1"),
+    "mnist-group-norm": ("mnist-val", "benchmarks.foreign:group_norm"),
+    "mnist-mixer": ("mnist-val", "benchmarks.foreign:mixer"),
+}
+
+
 def digit_recognizer():
     """The CNN of the package digit-recognizer-py 0.1.0, trained by its author on MNIST of 28x28 pixels.
 

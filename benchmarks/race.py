@@ -20,19 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import foreign
 import table
 from common import BadInput
 from running import Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {"cifar10": ("cifar10-val", "wrn16_2"), "mnist": ("mnist-val", "lenet5")}   # set, network
-FOREIGN = {     # {race: (set, network)}: teachers on which no preset was tuned, see foreign.py
-    "mnist-digit-recognizer": ("mnist28", "benchmarks.foreign:digit_recognizer"),
-    "mnist-wrn": ("mnist-val", "wrn10_1"),
-    "mnist-group-norm": ("mnist-val", "benchmarks.foreign:group_norm"),
-    "mnist-mixer": ("mnist-val", "benchmarks.foreign:mixer"),
-}
-TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()}, **FOREIGN}
+TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()}, **foreign.RACES}
 READINGS = {    # {row: flags}: other readings of paper and code, beside the rows of a race
     "csd-raw-head": "--raw-head",
     "csd-without": "--csd 0",
@@ -96,8 +91,8 @@ RACES["cifar10-readings"].update({
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })
-ANYWHERE = "rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd", "zskd"
-RACES.update({name: {row: RACES["mnist"][row] for row in ANYWHERE} for name in FOREIGN})
+RACES.update({name: {row: RACES["mnist"][row] for row in table.WITH_FOREIGN_TEACHERS}
+              for name in foreign.RACES})
 STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",
           "surrogate_kd": "pool", "regulated_kd": "significance", "zskd": "pool"}
 

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -23,13 +24,20 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
+from scipy.stats import spearmanr      # it comes with scikit-learn
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import foreign
+
 RESULTS, PAGE, FRONT = ROOT / "benchmarks/results", ROOT / "benchmarks/TABLES.md", ROOT / "README.md"
 MARKERS = re.compile(r"(<!-- ([^:>]+): python benchmarks/table.py[^>]*-->\n).*?(<!-- end -->)", re.S)
 OF_ANY_RUN = {"dataset": None, "device": "cpu", "precision": "fp32"}   # results depend on these, too
 # Settings that are younger than some logs, with what the code did before it had them.
 YOUNG = dict(visits=1, mixup=False, keep_generator=False)
+# The rows of the race on MNIST that are repeated with the teachers of foreign.py
+WITH_FOREIGN_TEACHERS = ("rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd",
+                         "zskd")
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
 GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
         "plain_inversion": dict(adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
@@ -137,7 +145,9 @@ def spread(values, digits=2):
 
 
 def of_end(runs, name="student_acc_last", digits=2):
-    return spread([run[-1][name] for run in runs], digits)
+    """The spread of a field of the end rows; - for a field that is younger than one of the runs."""
+    values = [run[-1].get(name) for run in runs]
+    return "-" if None in values else spread(values, digits)
 
 
 def events(runs, event):
@@ -214,6 +224,9 @@ def race_tables(groups, measurements):
     costs = {(row["method"], row["preset"], *sorted(typed(*flag) for flag in row["changed"].items())):
              row["pflop"] for row in measurements if row["variant"] == "cost"}
     races, trials, merged = {}, {}, {}
+    for group in [group for group, runs in groups.items()
+                  if (race_row(runs[0][0]) or [None])[0] in foreign.RACES]:
+        groups.pop(group)                                        # they have a table of their own
     for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]
                   or race_row(runs[0][0])]:                    # also a race's row with authors' numbers
         runs = groups.pop(group)
@@ -236,7 +249,8 @@ def race_tables(groups, measurements):
         races.setdefault(title, []).append((-score, {
             **line, "teacher": teacher(runs), "**student, last epoch**": f"**{of_end(runs)}**",
             "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
-            "agreement with the teacher": of_end(runs, "agreement"), "calibration error": of_end(runs, "ece"),
+            "agreement with the teacher": of_end(runs, "agreement"),
+            "on drawn pictures": of_end(runs, "agreement_drawn"), "calibration error": of_end(runs, "ece"),
             "runs with a collapse": collapsed(runs),
             "teacher queries, million": f"{mean(run[-1]['teacher_queries'] for run in runs) / 1e6:.2f}",
             "TFLOP": "-" if pflop is None else f"{1000 * pflop:.0f}",
@@ -244,6 +258,65 @@ def race_tables(groups, measurements):
     found = {title: [line for _, line in sorted(lines, key=lambda pair: pair[0])]
              for title, lines in sorted(races.items())}
     return {**found, **trials}
+
+
+def foreign_table(runs):
+    """The race on MNIST with our teacher and with foreign ones: a column for each, sorted by the worst."""
+    found = {}
+    for run in runs:
+        race, row = race_row(run[0]) or (None, None)
+        if race in ("mnist", *foreign.RACES) and not of_earlier_preset(run[0]):
+            found.setdefault((race, row), []).append(run)
+    lines = []
+    for row in WITH_FOREIGN_TEACHERS:
+        cells = {race: found.get((race, row)) for race in ("mnist", *foreign.RACES)}
+        there = [mean(run[-1]["student_acc_last"] for run in runs) for runs in cells.values() if runs]
+        if there:
+            lines.append((-min(there), {
+                "row": row, "worst teacher": f"**{100 * min(there):.2f}**",
+                **{race.removeprefix("mnist-") if race != "mnist" else "lenet5, ours":
+                   f"{of_end(runs)} ({len(runs)})" if runs else "-" for race, runs in cells.items()}}))
+    for _, line in sorted(lines, key=lambda pair: pair[0]):
+        yield line
+    best = {race: max((run[-1]["teacher_acc"] for (of, _), runs in found.items() if of == race
+                       for run in runs), default=None) for race in ("mnist", *foreign.RACES)}
+    if lines:
+        yield dict(zip(lines[0][1], ["the teacher itself", "", *(
+            "-" if value is None else f"{100 * value:.2f}" for value in best.values())], strict=True))
+
+
+def drawn_table(runs, measurements):
+    """How well the agreement on drawn pictures tells which of two students of one teacher is better."""
+    teachers = {}        # {(data set, teacher): {run: (it learned from such pictures?, accuracy, agreement)}}
+
+    def add(row, arguments, accuracy, agreement):
+        computed = arguments.get("surrogate") in importlib.import_module("surrogate_kd").GENERATORS
+        teachers.setdefault((arguments["dataset"], row["teacher_sha256"]), {})[arguments["out"]] = (
+            computed, accuracy, agreement)
+    for row in measurements:
+        if row["variant"] == "epochs":
+            arguments = {**presets_of(row["method"]).get(row["preset"], {}), **row["changed"],
+                         "dataset": row["dataset"], "out": row["out"]}
+            add(row, arguments, row["student_acc"][-1], row["measures"]["agreement-leaves"][-1])
+    for start, *_, end in runs:
+        if end.get("agreement_drawn") is not None and end["student_acc_last"] is not None:
+            add(start, start["arguments"], end["student_acc_last"], end["agreement_drawn"])
+    for (dataset, digest), students in teachers.items():
+        for title, kept in (("all students", [*students.values()]),
+                            ("not of drawn pictures", [one for one in students.values() if not one[0]])):
+            pairs = [(one[1] - other[1], one[2] - other[2]) for one, other in itertools.combinations(kept, 2)]
+            far = [pair for pair in pairs if abs(pair[0]) >= 0.05]
+            if len(kept) < 3 or len(kept) == len(students) and title != "all students":
+                continue
+            yield {"data set": dataset, "teacher": digest[:6], "of": title, "students": len(kept),
+                   "rank correlation": f"{spearmanr([one[1:] for one in kept])[0]:.2f}",
+                   "pairs": len(pairs), "the better one found": share_right(pairs),
+                   "pairs five points apart": len(far), "found there": share_right(far)}
+
+
+def share_right(pairs):
+    """Of pairs (difference of accuracy, difference of agreement), how many have the same sign, in percent."""
+    return f"{100 * mean(acc * drawn > 0 for acc, drawn in pairs):.0f} %" if pairs else "-"
 
 
 # The front page's rows: the file, the flag that tells its rows apart, the paper, what it needs, the row of
@@ -292,6 +365,7 @@ def main_table(groups):
                "**student, last epoch**": f"**{of_end(runs)}**",
                "best epoch, chosen on the test set": of_end(runs, "student_acc_best"),
                "agreement with the teacher": of_end(runs, "agreement"),
+               "on drawn pictures": of_end(runs, "agreement_drawn"),
                "calibration error": of_end(runs, "ece"),
                "labels the teacher agrees with": spread(labels) if labels else "-",
                "runs with a collapse": collapsed(runs),
@@ -426,6 +500,8 @@ def all_tables(runs, measurements):
               "surrogate_kd": surrogate_table(groups),
               "throughput": throughput_table(measurements),
               "pictures a second": pictures_table(measurements),
+              "foreign teachers": foreign_table(runs),
+              "drawn pictures": drawn_table(runs, measurements),
               "choosing an epoch": epochs_table(measurements),
               "costs": costs_table(measurements)}
     return {title: table(rows) for title, rows in tables.items()}
