@@ -144,13 +144,28 @@ class Meter:
                 yield step
 
 
+def distilled(module, teacher, student, data, settings, images):
+    """Calls a module's `distill`, with so many random images where it needs a bank, a pool or a data set."""
+    device = next(teacher.parameters()).device
+    pixels = torch.randint(256, (images, *data.image_shape), dtype=torch.uint8, device=device)
+    labels, more = torch.arange(images, device=device) % data.num_classes, {}
+    if module in (csd, plain_inversion):
+        more = dict(bank=(pixels, labels))
+    elif module is deepinversion:
+        more = dict(pool=(torch.zeros(images, *data.image_shape, dtype=torch.float16, device=device), labels))
+    elif module is regulated_kd:
+        more = dict(train=ImageSet(pixels, labels))
+    elif module is surrogate_kd:
+        more = dict(surrogate=pixels, pseudo_labels=labels)
+    module.distill(teacher, student, data, settings, **more)
+
+
 def step_costs(module, settings, data, names, images):
     """-> {phase: GFLOP, teacher queries and MB of one step with so many images}; weights of both networks"""
     few = dict(ONE_STEP, batch_size=images, synthesis_batch_size=images)
     few["mode"] = "ce" if getattr(settings, "mode", "") == "ce" else "kd"
     tiny = replace(settings, **{name: value for name, value in few.items() if hasattr(settings, name)})
-    pixels, found = torch.randint(256, (images, *data.image_shape), dtype=torch.uint8), {}
-    labels = torch.arange(images) % data.num_classes
+    found = {}
     with FlopCounterMode(display=False) as counter, seeded(0):
         teacher, student = (build_model(name, data.num_classes, data.image_shape) for name in names)
         teacher.eval()
@@ -158,23 +173,15 @@ def step_costs(module, settings, data, names, images):
         with mock.patch.object(module, "steps", meter.steps):
             if module in (csd, plain_inversion):
                 module.synthesize_bank(teacher, data, tiny)
-                found["bank"], meter.ended = meter.found["synthesis"], None
-                module.distill(teacher, student, data, tiny, bank=(pixels, labels))
             elif module is deepinversion:
                 deepinversion.synthesize(teacher, data, tiny)
+            if meter.found:
                 found["bank"], meter.ended = meter.found["synthesis"], None
-                deepinversion.distill(teacher, student, data, tiny, pool=(
-                    torch.zeros(images, *data.image_shape, dtype=torch.float16), labels))
-            elif module is regulated_kd:
-                regulated_kd.distill(teacher, student, data, tiny, train=ImageSet(pixels, labels),
-                                     counts=None)
-            elif module is surrogate_kd:
-                surrogate_kd.distill(teacher, student, data, tiny, surrogate=pixels, pseudo_labels=labels)
+            distilled(module, teacher, student, data, tiny, images)
+            if module is surrogate_kd:
                 meter.ended = None
                 with meter.phase("pool"), torch.no_grad(), frozen(teacher):
                     teacher(torch.zeros(images, *data.image_shape))
-            else:
-                module.distill(teacher, student, data, tiny)
     weights = [sum(weight.numel() for weight in network.parameters()) for network in (teacher, student)]
     return {**found, **meter.found}, weights
 

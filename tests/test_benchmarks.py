@@ -3,12 +3,16 @@ import dataclasses
 import json
 import shlex
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
+import busy
 import costs
 import epochs
 import gpu
@@ -188,9 +192,9 @@ def test_gpu_refuses_in_a_sentence_and_lists_its_jobs(in_tmp, capsys):
     assert "gpu was made with rehearse = False" in refused(gpu, ["--rehearse"], capsys)
     gpu.main(["--list"])
     listed = capsys.readouterr().out
-    assert listed.count("to do") == len(gpu.jobs(in_tmp, False)) > 40 and "resnet34-full" in listed
+    assert listed.count("to do") == len(gpu.jobs(in_tmp, False)) > 15 and "csd-resnets-fifth" in listed
     for job in gpu.jobs(in_tmp, False):                        # the scripts take every command
-        if job.kind == "run":
+        if job.makes.name == "log.jsonl":
             words = job.command[:job.command.index("--out")]
             words = [word for word in words if word not in ("--precision", "bf16")]
             if "--teacher" in words:
@@ -203,14 +207,31 @@ def test_gpu_refuses_in_a_sentence_and_lists_its_jobs(in_tmp, capsys):
 
 @pytest.mark.slow
 def test_gpus_list_from_start_to_end_on_a_cpu_in_two_parts(in_tmp, capfd):
-    gpu.main(["--rehearse", "--minutes", "0.3"])
+    gpu.main(["--rehearse", "--minutes", "0.6"])
     assert "the time is over" in capfd.readouterr().out
     gpu.main(["--rehearse", "--minutes", "15"])
     printed = capfd.readouterr().out.splitlines()
     names = [job.name for job in gpu.jobs(in_tmp, True)]
     assert [line.split() for line in printed[-len(names):]] == [["done", name] for name in names]
-    for name in ("csd-wrn10_1-short", "plain_inversion-wrn10_1-short"):
+    for name in ("csd-wrn", "plain_inversion-resnets"):
         assert f"{name}: about" in "".join(printed) and (in_tmp / "gpu/runs" / name / "student.pt").exists()
+    assert len([row for row in rows_of("gpu/runs/cudfkd-resnets") if row["event"] == "epoch"]) in (1, 2)
+
+
+def test_the_time_in_which_a_kernel_runs_counts_overlapping_kernels_once():
+    def event(start, end, device=DeviceType.CUDA):
+        return SimpleNamespace(device_type=device, time_range=SimpleNamespace(start=start, end=end))
+    events = [event(0, 10), event(5, 20), event(6, 8), event(30, 40), event(0, 99, DeviceType.CPU)]
+    assert busy.busy_seconds(events) == (30e-6, 4)
+
+
+def test_busy_times_every_method_on_a_cpu(in_tmp, capsys):
+    busy.main(["--networks", "wrn10_1", "wrn10_1", "--images", "2", "--log", "log.jsonl", "--device", "cpu"])
+    rows = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == [module.__name__ for module in costs.MODULES]
+    assert all(phase["milliseconds"] > 0 and phase["busy"] is None
+               for row in rows for phase in row["phases"].values())
+    assert {*rows[0]["phases"]} == {"synthesis", "distillation"} and "ms a step" in capsys.readouterr().out
 
 
 def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys, monkeypatch):

@@ -170,6 +170,12 @@ def test_networks_of_the_users_own_module(in_tmp, capsys):
         "auxiliary = lambda: Auxiliary(Conv2d(1, 8, 3), Flatten(), Linear(288, 10))\n")
     dafl.main([*tiny_args(dafl, "my_nets:network"), "--student", "my_nets:network", "--out", "out"])
     assert running.read_classifier("out/student.pt")["arch"] == "my_nets:network"
+    running.main("--model my_nets:network --dataset digits --epochs 1".split())
+    dafl.main([*tiny_args(dafl, "checkpoints/digits_my_nets_network.pt"), "--out", "own"])
+    for name, words in (("seven", "finite logits"), ("large", "does not take images"),
+                        ("auxiliary", "remove auxiliary classifiers")):
+        assert words in refused(running, ["--model", f"my_nets:{name}", "--dataset", "digits"], capsys)
+    assert os.listdir("checkpoints") == ["digits_my_nets_network.pt"]
     dafl.main([*tiny_args(dafl, "out/student.pt"), "--out", "next"])
     for name, words in (("my_nets:seven", "finite logits"), ("my_nets:large", "does not take images"),
                         ("my_nets:none", "could not be built"), ("no_nets:x", "could not be built")):

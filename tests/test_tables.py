@@ -224,3 +224,33 @@ def test_the_figures_of_a_page_stand_in_the_logs(name, runs):
     assert {*found} <= spreads and (len(found) > 30 or name != "README.md")
     found = re.findall(r"(?<![\d.])\d\d\.\d\d(?![\d.])", re.sub(r"\d+\.\d+ ± \d+\.\d+", "", text))
     assert found and {*found} <= singles
+
+
+# ------------------------------------------------------------------------------------------ foreign teachers
+def run_of(out, accuracy, drawn=None, teacher="t", method="csd", **given):
+    """A whole run with these ends."""
+    start = {**start_of(dict(out=out, **given), method=method), "teacher_sha256": teacher}
+    return [start, dict(event="end", student_acc_last=accuracy, teacher_acc=0.99, agreement_drawn=drawn)]
+
+
+def test_the_table_of_foreign_teachers_is_sorted_by_the_worst_and_names_the_seeds():
+    runs = [run_of(f"runs/race-{race}/{row}-seed{seed}", accuracy) for race, row, seed, accuracy in (
+        ("mnist", "csd", 0, 0.9), ("mnist", "csd", 1, 0.8), ("mnist-mixer", "csd", 0, 0.4),
+        ("mnist", "dafl", 0, 0.6), ("mnist-mixer", "dafl", 0, 0.5))]
+    dafl, csd, teacher = table.foreign_table(runs)
+    assert (dafl["row"], dafl["worst teacher"], dafl["mixer"]) == ("dafl", "**50.00**", "50.00 (1)")
+    assert (csd["worst teacher"], csd["lenet5, ours"], csd["wrn"]) == ("**40.00**", "85.00 ± 7.07 (2)", "-")
+    assert (teacher["mixer"], teacher["wrn"]) == ("99.00", "-")
+    foreign = [run for run in runs if "mixer" in run[0]["arguments"]["out"]]
+    groups = table.grouped(foreign)
+    assert groups and not table.race_tables(groups, []) and not groups       # they stand in this table alone
+
+
+def test_pairs_of_students_of_one_teacher():
+    runs = [run_of("a", 0.5, 0.5), run_of("b", 0.6, 0.7), run_of("c", 0.62, 0.6), run_of("f", 0.7),
+            run_of("d", 0.9, 0.1, "another teacher"),
+            run_of("e", 0.99, 0.4, method="surrogate_kd", surrogate="leaves")]
+    every, not_drawn = table.drawn_table(runs, [])
+    assert (every["students"], every["pairs"], not_drawn["students"], not_drawn["pairs"]) == (4, 6, 3, 3)
+    assert (not_drawn["the better one found"], not_drawn["pairs five points apart"]) == ("67 %", 2)
+    assert (not_drawn["found there"], not_drawn["rank correlation"]) == ("100 %", "0.50")
