@@ -364,7 +364,7 @@ if __name__ == "__main__":
 #  6. MSKD is a rival method in the abstract. We found neither its code nor a paper of that name. [ours]:
 #     --diversity ms --penalty fixed, with MSGAN's diversity term. MSKD and RDSKD, in this order, reach 95.9
 #     and 95.4 % on digits, 97.9 and 98.2 on MNIST, 47.7 and 45.2 on CIFAR-10. These differences are within
-#     the spread. Without any diversity term (--diversity none) digits end at 94.6 ± 1.9 %.
+#     the spread. Without any diversity term (--diversity none) digits end at 94.6 ± 1.8 %.
 #  7. Scoring. The authors score the student on the whole test set after every 10 steps, which is about
 #     27 % of the work of a CIFAR-10 run. We score it after every epoch (--eval-every). Both report the
 #     last student.
