@@ -59,7 +59,7 @@ class Settings:
     student_steps: int = 50             # steps of the student in an epoch
     batch_size: int = 256               # images per step of the student
     initial_batches: int = 40           # DI batches before the student's first step, kept for reuse; 0 = none
-    pool_batches: int = 1000            # ADI adds batches until there are so many, initial ones included
+    pool_batches: int = 1000            # ADI adds batches up to this number, initial ones included; 0 = none
     synthesis_batch_size: int = 256     # images in a batch that is made
     low_resolution_steps: int = 0       # first steps on a batch, at half its height and width; 0 = none
     synthesis_steps: int = 2000         # steps on a batch at its full size

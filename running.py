@@ -425,6 +425,9 @@ def parse(method, doc, Settings, presets, argv=None, fits=lambda settings, flags
     settings = dataclasses.replace(settings, **flags)
     set_up_device(options)
     _check_folder(options, settings)
+    for name, text in own.items():
+        if isinstance(text, str) and getattr(options, name):
+            _check_writable(getattr(options, name), f"the folder of --{name}")
     return options, settings
 
 
@@ -549,12 +552,16 @@ def _check_folder(options, settings):
             if not may_be_longer(settings):
                 raise BadInput(f"the run in {out} is finished and cannot be made longer: its learning rate "
                                f"has followed a curve over {done} epochs; start a new run")
-    folder = Path(out or "runs").absolute()
+    _check_writable(out or "runs", "a run folder")
+
+
+def _check_writable(path, what):
+    """Raises BadInput if the folder cannot be made, or not be written to; makes nothing."""
+    folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BadInput(f"{out or 'runs'} cannot be a run folder: {folder} is "
-                       f"{'read-only' if folder.is_dir() else 'a file'}")
+        raise BadInput(f"{path} cannot be {what}: {folder} is {'read-only' if folder.is_dir() else 'a file'}")
 
 
 def versions():

@@ -33,6 +33,7 @@ Sources: [code] the public part of the authors' code, loganfrank/temp-good-kd at
 notes of the paper (we did not have its text); [generators] the code of those who invented the computed
 pictures (note 18); [ours] a choice of this file. "Note 3" is the third entry at the end of the file.
 """
+import contextlib
 import hashlib
 import math
 import re
@@ -48,9 +49,9 @@ import torchvision
 from einops import rearrange
 from torchvision.transforms import InterpolationMode, v2
 
-from common import (DATASETS, BadInput, Means, Preset, build_optimizer, cosine, crop_by_offsets, fit_pixels,
-                    frozen, leaves_images, load_dataset, normalize, recorded_inputs, revisited, scoring,
-                    seeded, seeded_and_checked, set_lr, steps, strokes)
+from common import (DATASETS, BadInput, Means, Preset, batchnorms, build_optimizer, cosine, crop_by_offsets,
+                    fit_pixels, frozen, leaves_images, load_dataset, normalize, recorded_inputs, revisited,
+                    scoring, seeded, seeded_and_checked, set_lr, steps, strokes, why_no_batchnorm)
 from running import (Run, command_line, dataset_spec, digest, is_file_name, load_networks, parse,
                      read_classifier, read_file, save_samples)
 
@@ -74,6 +75,7 @@ class Settings:
     strokes: bool = False               # turn computed pictures into bright marks on black (note 13)
     temperature: float = 20.0           # τ of both softmaxes
     targets: Literal["soft", "one-hot"] = "soft"    # learn the teacher's probabilities, or its first choice
+    teacher_statistics: Literal["running", "batch"] = "running"     # of the teacher's BatchNorm (note 22)
     standardize: bool = False           # give logits deviation 1; targets at τ = 20 are then nearly uniform
     randaugment: int = 4                # operations of RandAugment on each image; 0 = none
     magnitude: int = 14                 # strength of these operations, at most 30; 0 = the weakest
@@ -357,6 +359,30 @@ def attack_pool(attacked, teacher, surrogate, pseudo_labels, data, settings):
     return found
 
 
+# --------------------------------------------------------------------- a teacher that adapts to the pictures
+@contextlib.contextmanager
+def chosen_statistics(teacher, data, settings):
+    """Inside the block, the teacher's BatchNorm layers normalise by what --teacher-statistics says [ours].
+
+    With `batch`, each layer takes mean and variance of the batch before it instead of those that it remembers.
+    Raises BadInput if there is no such layer.
+    """
+    layers = []
+    if settings.teacher_statistics == "batch":
+        layers = [layer for layer in batchnorms(teacher, data)
+                  if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        if not layers:
+            raise BadInput(f"--teacher-statistics batch is for BatchNorm layers: {why_no_batchnorm(teacher)}")
+    kept = [(layer.running_mean, layer.running_var) for layer in layers]
+    for layer in layers:
+        layer.running_mean = layer.running_var = None        # then PyTorch takes the batch's, in eval mode, too
+    try:
+        yield
+    finally:
+        for layer, (mean, variance) in zip(layers, kept):
+            layer.running_mean, layer.running_var = mean, variance
+
+
 # ----------------------------------------------------------------- the pool: which pictures are worth keeping
 @seeded_and_checked
 def balanced_pool(teacher, data, settings, draw, available=None, run=None):
@@ -388,7 +414,7 @@ def balanced_pool(teacher, data, settings, draw, available=None, run=None):
                 break
             at = begin + step * chunk
             fresh = (255 * draw(at, min(chunk, budget - at))).round().to(torch.uint8)    # (n, C, H, W)
-            with torch.no_grad(), frozen(teacher):
+            with torch.no_grad(), frozen(teacher), chosen_statistics(teacher, data, settings):
                 predicted = teacher(normalize(fresh / 255, data)).argmax(1)  # (n,)
             one_hot = F.one_hot(predicted, classes)                          # (n, K)
             # rank of each picture within its class: how many of that class came before it
@@ -554,7 +580,7 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
         count = math.ceil(m / size)                                          # steps of an epoch
         means, answers = Means(), torch.zeros(data.num_classes, dtype=torch.long, device=device)
         student.train()
-        with frozen(teacher):                                                # in eval mode
+        with frozen(teacher), chosen_statistics(teacher, data, settings):    # in eval mode
             for pixels, images, teacher_logits in steps(count, "distillation",
                                                         revisited(batches, settings.visits, count)):
                 student_logits = student(images)                             # (N, K)
@@ -575,7 +601,7 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
 
 
 # The settings that shape the pool. A pool that was made with other values is refused.
-OF_POOL = ("seed", "surrogate", "pool_images", "pool_budget", "balance", "strokes")
+OF_POOL = ("seed", "surrogate", "pool_images", "pool_budget", "balance", "strokes", "teacher_statistics")
 
 
 @command_line
@@ -976,3 +1002,7 @@ if __name__ == "__main__":
 # 21. Visits. --visits is in no paper. With --visits 3, the student trains three times on each batch that the
 #     teacher has answered: at once, and twice later in the epoch. An epoch has as many steps as without it,
 #     but asks the teacher for a third of the answers and sees a third of the pool.
+# 22. --teacher-statistics batch. Two papers on distillation from noise let the teacher's BatchNorm layers
+#     normalise by the statistics of the current batch, so that noise excites the later layers as real images
+#     do (NeurIPS 2022, openreview K8JngctQ2Tu, and a later one). We know of them what others report, and this
+#     flag is a reconstruction. What it is worth has not been measured yet.

@@ -18,7 +18,7 @@ from PIL import Image
 import common
 import running
 from common import BadInput
-from conftest import (METHODS, THREADS, csd, cudfkd, dafl, deepinversion, plain_inversion, regulated_kd,
+from conftest import (METHODS, THREADS, csd, cudfkd, dafl, deepinversion, plain_inversion, rdskd, regulated_kd,
                       surrogate_kd, tiny_args)
 from helpers import equal, refused, rows_of, run_script, save_untrained
 from test_methods import STAGES, each, files_of, killed
@@ -398,6 +398,8 @@ def test_folders_are_numbered_and_never_used_twice(teacher_file, in_tmp, capsys,
     for out, words in (("runs/dafl-digits-001", "holds a run already"), ("mine", "holds a run already"),
                        ("mine/samples.png", "is a file"), ("mine/samples.png/deeper", "is a file")):
         assert words in refused(dafl, [*args, "--out", out], capsys) and files_of() == before
+    said = refused(rdskd, [*tiny_args(rdskd, teacher_file), "--generator", "mine/samples.png/x"], capsys)
+    assert "the folder of --generator" in said and "is a file" in said and files_of() == before
     (in_tmp / "mine" / "samples.png").rename(in_tmp / "mine" / "notes.txt")
     with monkeypatch.context() as patch:
         patch.setattr(common.os, "access", lambda path, mode: False)

@@ -1,4 +1,6 @@
 """surrogate_kd.py: golden numbers (1e-5), pictures, pool, attack, against a search image by image, script."""
+import copy
+import dataclasses
 import json
 import math
 import sys
@@ -14,7 +16,8 @@ from PIL import Image
 import common
 import surrogate_kd as sk
 from conftest import tiny_args, tiny_networks, tiny_settings
-from helpers import D, Log, assert_close, in_float64, kl, near, near6, refused, rows_of, save_untrained, sure
+from helpers import (D, Log, assert_close, equal, in_float64, kl, near, near6, refused, rows_of, save_untrained,
+                     sure)
 
 T = ((torch.arange(8) * 3) % 8).reshape(2, 4).to(D)
 S = ((torch.arange(8) * 5) % 8).reshape(2, 4).to(D) / 2
@@ -576,3 +579,25 @@ def test_presets_say_what_they_are_for(name, preset):
     if "-cpu" in name:
         pair = "lenet5 lenet5_half" if preset.dataset == "mnist" else "wrn16_2 wrn16_1"
     assert f"{preset.teacher} {preset.student}" == pair
+
+
+# ------------------------------------------------------------------------------ a teacher that adapts to a batch
+def test_batch_statistics_normalise_each_batch_by_itself_and_leave_the_teacher_as_it_was(teacher_file):
+    with common.seeded(0):
+        teacher, images = common.build_model("wrn10_1", 10, PLAIN.image_shape), torch.randn(16, *PLAIN.image_shape)
+        teacher(3 + 2 * torch.randn(64, *PLAIN.image_shape))                  # so that it remembers something
+    before = copy.deepcopy(teacher.state_dict())
+    in_train_mode = copy.deepcopy(teacher).train()(images)
+    settings = dataclasses.replace(sk.Settings(), teacher_statistics="batch")
+    with torch.no_grad(), common.frozen(teacher):
+        usual = teacher(images)
+        with sk.chosen_statistics(teacher, PLAIN, settings):
+            assert torch.allclose(teacher(images), in_train_mode, atol=1e-5)
+        with sk.chosen_statistics(teacher, PLAIN, sk.Settings()):
+            assert torch.equal(teacher(images), usual)
+    assert not torch.allclose(usual, in_train_mode, atol=0.1) and equal(teacher.state_dict(), before)
+    with pytest.raises(common.BadInput, match="the teacher has no BatchNorm"), sk.chosen_statistics(
+            common.build_model("lenet5", 10, PLAIN.image_shape), PLAIN, settings):
+        pass
+    sk.main([*tiny_args(sk, teacher_file), "--teacher-statistics", "batch", "--out", "out"])
+    assert rows_of("out")[0]["changed"]["teacher_statistics"] == "batch"
