@@ -1136,7 +1136,8 @@ def main(argv=None):
     data = _spec_of(options.dataset)
     with seeded(0):
         model = build_model(options.model, data.num_classes, data.image_shape)
-    check_answers(model, options.model, data, training=True)
+    for training in (False, True):
+        check_answers(model, options.model, data, training)
     train_teacher(options.model, options.dataset, path, options, recipe)
     print(f"{path}: test accuracy {_shown(read_classifier(path)['test_acc'])}")
 

@@ -132,7 +132,7 @@ def main(argv=None):
             raise BadInput(f"{options.race} has no row '{row}'; choose from {', '.join(commands)}")
     dataset, network = TEACHERS[options.race]
     teacher = f"benchmarks/teachers/{dataset}_{network.rpartition(':')[2]}.pt"
-    if not dataset.endswith("-val"):                          # it comes with its weights
+    if ":" in network and not dataset.endswith("-val"):       # it comes with its weights
         teacher = f"{network} --dataset {dataset}"
     elif not options.list and not (ROOT / teacher).exists():
         raise BadInput(f"the race's teacher is not there; train it with: python common.py --model {network} "

@@ -90,6 +90,7 @@ def saved_by_upsampling(module, shape, forward_only):
 
 
 # `wasted`: passes whose weight gradients nobody reads, in the first phase; csd: and its head's
+@pytest.mark.slow
 @pytest.mark.parametrize("name, wasted", [*zip(throughput.METHODS, (5, 1, 1, 1, 1, 2))])
 def test_throughput_times_both_orders_of_work_and_counts_them(name, wasted, in_tmp, monkeypatch):
     network, shape = ("lenet5", (1, 32, 32)) if name == "dafl-mnist" else ("wrn10_1", (3, 32, 32))
@@ -149,6 +150,7 @@ def test_the_committed_costs_are_of_the_presets_as_they_are():
             phase: found for phase, found in planned.items() if found[0]}, command
 
 
+@pytest.mark.slow
 def test_a_race_skips_what_is_logged_and_logs_what_has_ended(teacher_file, in_tmp, monkeypatch, capsys):
     (in_tmp / "results").mkdir()
     monkeypatch.setattr(race, "ROOT", in_tmp)
@@ -225,6 +227,7 @@ def test_the_time_in_which_a_kernel_runs_counts_overlapping_kernels_once():
     assert busy.busy_seconds(events) == (30e-6, 4)
 
 
+@pytest.mark.slow
 def test_busy_times_every_method_on_a_cpu(in_tmp, capsys):
     busy.main(["--networks", "wrn10_1", "wrn10_1", "--images", "2", "--log", "log.jsonl", "--device", "cpu"])
     rows = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
@@ -316,6 +319,7 @@ def test_rules_for_an_epoch_look_at_what_was_kept_and_name_one_each(teacher_file
     assert "no finished run" in refused(epochs, ["dafl"], capsys)
 
 
+@pytest.mark.slow
 def test_throughput_of_surrogate_kd_is_pictures_a_second(in_tmp):
     throughput.main(["--method", "surrogate_kd", "--laps", "1", "--log", "log.jsonl"])
     assert [row["generator"] for row in rows_of(".")] == [*surrogate_kd.GENERATORS]

@@ -211,6 +211,7 @@ COMPANY = dict(
 UNSEEN = {"images_per_pass"}     # cuts a pass of networks in eval mode into parts: the same images
 
 
+@pytest.mark.slow
 @each(METHODS)
 def test_every_setting_changes_the_student(method, in_tmp):
     """In `distill`, or in the script where distill does not read it."""

@@ -315,6 +315,7 @@ def test_a_student_is_loaded_exported_and_teaches_again(mine):
     assert rows_of("next")[0]["arguments"]["dataset"] == "none"
 
 
+@pytest.mark.slow
 def test_the_front_pages_own_teacher(tmp_path):
     """Its function, its three commands and its five lines, from the page's own text."""
     page = (ROOT / "README.md").read_text()

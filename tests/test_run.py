@@ -60,6 +60,7 @@ def test_damaged_hostile_and_foreign_files_are_refused_and_kept(method, teacher_
     assert rows_of("out")[-1]["event"] == "end"
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_folder_and_two_that_train_the_same_teacher(in_tmp, capsys):
     """The second is refused while the first one writes; a teacher that both train is kept once."""
     context = multiprocessing.get_context("forkserver")
