@@ -3,12 +3,12 @@
 Pengchao Han, Jihong Park, Shiqiang Wang, Yejun Liu. ICASSP 2021, arXiv 2011.03749.
 
 As in DAFL (dafl.py), a generator learns to make images about which the frozen teacher is certain and which
-cover all classes. RDSKD changes three things. First, it has a diversity loss. Each batch is cut into two
-halves, and the more the teacher's answers for the two halves differ, the more their pixels must differ.
-Second, the losses for certainty and for coverage pull against each other, so each gets a weight that adapts:
-a loss that has risen above its earlier value counts more, and one that has fallen counts less. Third, the
-generator is trained alone, without regard to a student. Then it is fixed, and the student learns from its
-images.
+cover all classes. RDSKD drops DAFL's activation loss and changes three things. First, it has a diversity
+loss. Each batch is cut into two halves, and the more the teacher's answers for the two halves differ, the
+more their pixels must differ. Second, the losses for certainty and for coverage pull against each other, so
+each gets a weight that adapts: a loss that has risen above its earlier value counts more, and one that has
+fallen counts less. Third, the generator is trained alone, without regard to a student. Then it is fixed, and
+the student learns from its images.
 
     phase 1    z ──► G ──► images ──► teacher ──► logits ──► certain? all classes? diverse? ──► update G
     phase 2    z ──► G, fixed ──► images ─┬──► teacher ──► logits ──┐
@@ -61,8 +61,8 @@ class Settings:
     ie: float = 1.0                     # weight of information_entropy_loss
     diversity_weight: float = 1.0       # weight of the diversity term
     diversity: Literal["ds", "ms", "none"] = "ds"   # ds: diversity_loss; ms: mode_seeking_loss (note 6)
-    penalty: Literal["exp", "fixed"] = "exp"        # exp: e^(the rise of a loss); fixed: the loss (note 6)
-    reference: Literal["epoch", "previous"] = "epoch"   # compare with a round's 2nd step, or the step before
+    penalty: Literal["exp", "fixed"] = "exp"        # exp: e^(loss - reference); fixed: the loss (note 6)
+    reference: Literal["epoch", "previous"] = "epoch"   # the loss at a round's second step, or a step before
     student_optimizer: Literal["sgd", "adam"] = "adam"  # of the student: SGD with momentum 0.9, or AdamW
     lr_student: float = 2e-3            # learning rate of the student at the start
     weight_decay: float = 0.0           # of the student
@@ -144,7 +144,7 @@ def diversity_loss(images, teacher_logits):
         L_ds = ‖P2 - P1‖ / (‖x2 - x1‖ + 1e-8)
 
     Images (N, C, H, W) and logits (N, K), N even -> a scalar, at least 0. Each norm is taken over all
-    differences between the two halves at once, so it is one number and not one for each pair. Halves with
+    pairs at once, image i of one half with image i of the other, so it is one number for a batch. Halves with
     different answers must look different, too. The ratio also falls when the answers grow alike; the other
     two losses work against that, because the answers must be certain and cover all classes.
     """
@@ -193,7 +193,7 @@ class Generator(nn.Module):
             nn.Unflatten(1, (channels, height // 4, width // 4)),            # (N, 128, H/4, W/4)
             nn.BatchNorm2d(channels),                                        # no ReLU around it [code]
             UpsampledConv2d(channels, channels),                             # doubled: (N, 128, H/2, W/2)
-            nn.BatchNorm2d(channels, eps=0.8), nn.LeakyReLU(0.2, inplace=True),      # eps: DAFL's authors'
+            nn.BatchNorm2d(channels, eps=0.8), nn.LeakyReLU(0.2, inplace=True),      # eps from DAFL's code
             UpsampledConv2d(channels, half),                                 # (N, 64, H, W)
             nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(half, image_channels, 3, padding=1), nn.Tanh(),        # (N, C, H, W)
@@ -350,21 +350,21 @@ if __name__ == "__main__":
 # CIFAR-10 are those of the preset cifar10-cpu with the flag that the note names, on the test images after
 # the last epoch, over three seeds. Without any flag the preset ends at 45.2 ± 2.8 %.
 #
-#  1. The reference. The abstract speaks of an exponential penalty on loss increments. The code compares a
-#     loss with its value at the second step of a round, until the second step of the next round. In the
-#     very first two steps it compares with 0. We follow it. With --reference previous, the weights stay
-#     near 1 and the student ends at 42.1 ± 7.1 %, within the spread.
+#  1. The reference. The abstract speaks of an exponential penalty on loss increments. The code stores each
+#     loss at the second step of a round and compares with that value until the next round's second step
+#     replaces it. Before the first such step it compares with 0. We do the same. With --reference previous,
+#     the weights stay near 1 and the student ends at 42.1 ± 7.1 %, within the spread.
 #  2. The diversity loss. The code takes one ratio of norms over half batches, not a mean over pairs, and
 #     writes it as 1 / (‖x2 - x1‖ / ‖P2 - P1‖ + 1e-20). If a generator has collapsed, that can be 1e20 or
-#     NaN, because one of the norms is 0. Our form stays finite there and is the same elsewhere.
+#     NaN, because a norm is 0. Our form stays finite there and is the same elsewhere.
 #  3. The fixed generator. In phase 2 it is in eval mode [code], so its BatchNorm layers use running
 #     statistics, the last one, too. The images of a batch no longer have mean 0 and deviation 1 exactly.
 #  4. The entropy loss has the natural logarithm [code], where the newest version of DAFL's code has log10.
 #  5. Weights. All are 1 [code]. --oh, --ie and --diversity-weight are there for your experiments.
 #  6. MSKD is a rival method in the abstract. We found neither its code nor a paper of that name. [ours]:
 #     --diversity ms --penalty fixed, with MSGAN's diversity term. MSKD and RDSKD, in this order, reach 95.9
-#     and 95.4 % on digits, 97.9 and 98.2 on MNIST, 47.7 and 45.2 on CIFAR-10. These differences are within
-#     the spread. Without any diversity term (--diversity none) digits end at 94.6 ± 1.8 %.
+#     and 95.4 % on digits, 97.9 ± 0.5 and 98.2 ± 0.1 on MNIST, 47.7 and 45.2 on CIFAR-10, all within the
+#     spread. Without any diversity term (--diversity none) digits end at 94.6 ± 1.8 %.
 #  7. Scoring. The authors score the student on the whole test set after every 10 steps, which is about
 #     27 % of the work of a CIFAR-10 run. We score it after every epoch (--eval-every). Both report the
 #     last student.

@@ -364,7 +364,7 @@ def attack_pool(attacked, teacher, surrogate, pseudo_labels, data, settings):
 def chosen_statistics(teacher, data, settings):
     """Inside the block, the teacher's BatchNorm layers normalise by what --teacher-statistics says [ours].
 
-    With `batch`, each layer takes mean and variance of the batch before it instead of those that it remembers.
+    With `batch`, each layer takes mean and variance of the batch before it, not those that it remembers.
     Raises BadInput if there is no such layer.
     """
     layers = []
@@ -375,7 +375,7 @@ def chosen_statistics(teacher, data, settings):
             raise BadInput(f"--teacher-statistics batch is for BatchNorm layers: {why_no_batchnorm(teacher)}")
     kept = [(layer.running_mean, layer.running_var) for layer in layers]
     for layer in layers:
-        layer.running_mean = layer.running_var = None        # then PyTorch takes the batch's, in eval mode, too
+        layer.running_mean = layer.running_var = None    # then PyTorch takes the batch's, in eval mode, too
     try:
         yield
     finally:

@@ -18,8 +18,8 @@ from PIL import Image
 import common
 import running
 from common import BadInput
-from conftest import (METHODS, THREADS, csd, cudfkd, dafl, deepinversion, plain_inversion, rdskd, regulated_kd,
-                      surrogate_kd, tiny_args)
+from conftest import (METHODS, THREADS, csd, cudfkd, dafl, deepinversion, plain_inversion, rdskd,
+                      regulated_kd, surrogate_kd, tiny_args)
 from helpers import equal, refused, rows_of, run_script, save_untrained
 from test_methods import STAGES, each, files_of, killed
 

@@ -16,8 +16,8 @@ from PIL import Image
 import common
 import surrogate_kd as sk
 from conftest import tiny_args, tiny_networks, tiny_settings
-from helpers import (D, Log, assert_close, equal, in_float64, kl, near, near6, refused, rows_of, save_untrained,
-                     sure)
+from helpers import (D, Log, assert_close, equal, in_float64, kl, near, near6, refused, rows_of,
+                     save_untrained, sure)
 
 T = ((torch.arange(8) * 3) % 8).reshape(2, 4).to(D)
 S = ((torch.arange(8) * 5) % 8).reshape(2, 4).to(D) / 2
@@ -581,10 +581,11 @@ def test_presets_say_what_they_are_for(name, preset):
     assert f"{preset.teacher} {preset.student}" == pair
 
 
-# ------------------------------------------------------------------------------ a teacher that adapts to a batch
+# --------------------------------------------------------------------------- a teacher that adapts to a batch
 def test_batch_statistics_normalise_each_batch_by_itself_and_leave_the_teacher_as_it_was(teacher_file):
     with common.seeded(0):
-        teacher, images = common.build_model("wrn10_1", 10, PLAIN.image_shape), torch.randn(16, *PLAIN.image_shape)
+        teacher = common.build_model("wrn10_1", 10, PLAIN.image_shape)
+        images = torch.randn(16, *PLAIN.image_shape)
         teacher(3 + 2 * torch.randn(64, *PLAIN.image_shape))                  # so that it remembers something
     before = copy.deepcopy(teacher.state_dict())
     in_train_mode = copy.deepcopy(teacher).train()(images)
