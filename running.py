@@ -426,8 +426,9 @@ def parse(method, doc, Settings, presets, argv=None, fits=lambda settings, flags
     set_up_device(options)
     _check_folder(options, settings)
     for name, text in own.items():
-        if isinstance(text, str) and getattr(options, name):
-            _check_writable(getattr(options, name), f"the folder of --{name}")
+        path = getattr(options, name)
+        if isinstance(text, str) and path and not Path(path, "result.pt").exists():      # it is to be made
+            _check_writable(path, f"the folder of --{name}")
     return options, settings
 
 
@@ -558,8 +559,11 @@ def _check_folder(options, settings):
 def _check_writable(path, what):
     """Raises BadInput if the folder cannot be made, or not be written to; makes nothing."""
     folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    try:
+        while not folder.exists():
+            folder = folder.parent
+    except OSError as error:
+        raise BadInput(f"{path} cannot be {what}: {error.strerror}") from None
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise BadInput(f"{path} cannot be {what}: {folder} is {'read-only' if folder.is_dir() else 'a file'}")
 
@@ -926,7 +930,7 @@ class Run(Loop):
                         teacher_sha256=self.identity["teacher"])
         self.write(row)
         drawn = f"{_shown(row['agreement_drawn'])} on drawn pictures"
-        if getattr(self.settings, "surrogate", "") == "leaves":
+        if getattr(self.settings, "surrogate", "") == "leaves" or getattr(self.settings, "drawn", 0):
             drawn += ", which are of the kind that it was trained on"
         if self.test:
             print(f"last epoch: student {_shown(last)}, teacher {_shown(self.teacher_acc)} on the test "
@@ -1118,7 +1122,7 @@ def main(argv=None):
     parser.add_argument("--dataset", default="cifar10", help=f"{dataset_names()} [cifar10]")
     parser.add_argument("--epochs", type=number_type(int, True), help="passes over the set [by data set]")
     parser.add_argument("--batch-size", type=number_type(int, True), help="[by data set]")
-    parser.add_argument("--out", help="file [checkpoints/DATASET_MODEL.pt, where the methods look for it]")
+    parser.add_argument("--out", help="file [checkpoints/DATASET_MODEL.pt; methods look there for a name]")
     shared_flags(parser)
     options = parser.parse_args(argv)
     if options.inspect:
@@ -1139,5 +1143,6 @@ def main(argv=None):
     for training in (False, True):
         check_answers(model, options.model, data, training)
     train_teacher(options.model, options.dataset, path, options, recipe)
-    print(f"{path}: test accuracy {_shown(read_classifier(path)['test_acc'])}")
+    print(f"{path}: test accuracy {_shown(read_classifier(path)['test_acc'])}"
+          + f"; use it with --teacher {path}" * (":" in options.model))
 

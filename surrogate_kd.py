@@ -372,7 +372,8 @@ def chosen_statistics(teacher, data, settings):
         layers = [layer for layer in batchnorms(teacher, data)
                   if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         if not layers:
-            raise BadInput(f"--teacher-statistics batch is for BatchNorm layers: {why_no_batchnorm(teacher)}")
+            raise BadInput("--teacher-statistics batch needs BatchNorm layers that can take a batch's: "
+                           + why_no_batchnorm(teacher))
     kept = [(layer.running_mean, layer.running_var) for layer in layers]
     for layer in layers:
         layer.running_mean = layer.running_var = None    # then PyTorch takes the batch's, in eval mode, too
@@ -455,7 +456,8 @@ def inspect_surrogate(teacher, surrogate, data, settings):
     """
     layer = [module for module in teacher.modules() if isinstance(module, nn.Linear)][-1:]
     logits, features, changed = [], [], []
-    with seeded(0), frozen(teacher), scoring(), recorded_inputs(layer) as seen:
+    with (seeded(0), frozen(teacher), scoring(), recorded_inputs(layer) as seen,
+          chosen_statistics(teacher, data, settings)):
         shown = surrogate[torch.randperm(len(surrogate), device=surrogate.device)[:10_000]]
         for pixels in (shown / 255).split(500):
             logits.append(teacher(normalize(pixels, data)))
@@ -481,6 +483,9 @@ def check(settings):
             or not 0 < settings.attack_threshold <= 1):
         raise BadInput("--magnitude must be 0 to 30, --invert 0 to 1, --attack-share and --attack-threshold "
                        "above 0 and at most 1")
+    if settings.boundary_attack and settings.teacher_statistics == "batch":
+        raise BadInput("--boundary-attack moves each image by itself, but with --teacher-statistics batch "
+                       "the teacher's answer depends on the whole batch; leave one of them out")
 
 
 def full_batches(n, size, device, distinct=False):
@@ -617,6 +622,7 @@ def main(argv=None):
     run = Run(options, settings, teacher, student, data)
     draw = drawer(settings, data, available, read, options.device)
     kind = re.sub(r"\W+", "_", settings.surrogate) + "-unbalanced" * (not settings.balance)
+    kind += "-batch" * (settings.teacher_statistics == "batch")
     pool = run.reuse("pool", options.pool or f"checkpoints/{options.teacher_name}.{kind}-seed{settings.seed}",
                      OF_POOL, lambda stage: balanced_pool(teacher, data, settings, draw, available, stage),
                      pictures=content)

@@ -7,6 +7,7 @@ Each phase of a method makes nine steps of its usual size: three to warm up, thr
 under torch.profiler. The busy share is the time in which at least one kernel ran in the last three, divided
 by the time of the three before, because the profiler itself slows the steps down. If it is well under 1, the
 GPU waits for Python to start its kernels. On a CPU there are no kernels, and the steps are only timed.
+CuDFKD makes the images of ten steps before them, so that its student's steps are without that work.
 """
 import itertools
 import json
@@ -26,7 +27,8 @@ from common import DATASETS, build_model, in_bf16, seeded
 from running import Parser, command_line, device_name, number_type, set_up_device, versions
 
 PART = 3                               # steps that warm up, that are timed, that are traced
-STEPS = dict.fromkeys(("student_steps", "round_steps", "generator_steps", "synthesis_steps"), 3 * PART)
+# one more, so that the work between two steps is in each of the three parts
+STEPS = dict.fromkeys(("student_steps", "round_steps", "generator_steps", "synthesis_steps"), 3 * PART + 1)
 
 
 def busy_seconds(events):
@@ -55,16 +57,16 @@ class Tracer:
         for number, step in enumerate(range(total) if order is None else itertools.islice(order, total)):
             if number == PART:
                 began = self.now()
+            if number == 3 * PART and tracing:
+                self.now()
+                tracing.stop()
+                busy, kernels = busy_seconds(tracing.events())
             if number == 2 * PART:
                 seconds = (self.now() - began) / PART
                 if self.device.type == "cuda":
                     tracing = profile(activities=[ProfilerActivity.CUDA])
                     tracing.start()
             yield step
-        if tracing:
-            self.now()
-            tracing.stop()
-            busy, kernels = busy_seconds(tracing.events())
         if seconds:
             self.found.setdefault(name, dict(
                 milliseconds=round(1000 * seconds, 3), kernels=kernels // PART,
@@ -85,7 +87,8 @@ def trace(module, preset, networks, options):
         if options.precision == "bf16":
             in_bf16(teacher), in_bf16(student)
         with mock.patch.object(module, "steps", tracer.steps):
-            costs.distilled(module, teacher.eval(), student, data, settings, 3 * PART * settings.batch_size)
+            costs.distilled(module, teacher.eval(), student, data, settings,
+                            (3 * PART + 1) * settings.batch_size)
     return tracer.found
 
 
@@ -114,7 +117,7 @@ def main(argv=None):
             print(f"{module.__name__:>16s} {phase:12s} {row['milliseconds']:9.2f} ms a step{share}",
                   flush=True)
         if options.log:
-            row = dict(variant="busy", method=module.__name__, networks=" → ".join(options.networks),
+            row = dict(variant="gpu-busy", method=module.__name__, networks=" → ".join(options.networks),
                        precision=options.precision, images=options.images, device=device_name(options.device),
                        versions=versions(), phases=found)
             with open(options.log, "a") as file:

@@ -34,13 +34,13 @@ RESULTS, PAGE, FRONT = ROOT / "benchmarks/results", ROOT / "benchmarks/TABLES.md
 MARKERS = re.compile(r"(<!-- ([^:>]+): python benchmarks/table.py[^>]*-->\n).*?(<!-- end -->)", re.S)
 OF_ANY_RUN = {"dataset": None, "device": "cpu", "precision": "fp32"}   # results depend on these, too
 # Settings that are younger than some logs, with what the code did before it had them.
-YOUNG = dict(visits=1, mixup=False, keep_generator=False, drawn=0, pixel=0.0)
+YOUNG = dict(visits=1, mixup=False, keep_generator=False, teacher_statistics="running", drawn=0)
 # The rows of the race on MNIST that are repeated with the teachers of foreign.py
 WITH_FOREIGN_TEACHERS = ("rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd",
                          "zskd")
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
 GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
-        "plain_inversion": dict(adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
+        "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
                                 raw_head=False, fresh_head_optimizer=False, teacher_last_map="",
                                 student_last_map=""),
         "surrogate_kd": dict(deeper_radius=16.0)}
@@ -261,19 +261,24 @@ def race_tables(groups, measurements):
 
 
 def foreign_table(runs):
-    """The race on MNIST with our teacher and with foreign ones: a column for each, sorted by the worst."""
+    """The race on MNIST with our teacher and with foreign ones: a column for each, sorted by the worst.
+
+    A row has a worst teacher only when it has been run with all of them.
+    """
     found = {}
     for run in runs:
         race, row = race_row(run[0]) or (None, None)
-        if race in ("mnist", *foreign.RACES) and not of_earlier_preset(run[0]):
+        if race in ("mnist", *foreign.RACES) and run[-1].get("student_acc_last") is not None \
+                and not of_earlier_preset(run[0]):
             found.setdefault((race, row), []).append(run)
     lines = []
     for row in WITH_FOREIGN_TEACHERS:
         cells = {race: found.get((race, row)) for race in ("mnist", *foreign.RACES)}
         there = [mean(run[-1]["student_acc_last"] for run in runs) for runs in cells.values() if runs]
+        worst = min(there) if len(there) == len(cells) else None
         if there:
-            lines.append((-min(there), {
-                "row": row, "worst teacher": f"**{100 * min(there):.2f}**",
+            lines.append((-(worst or 0), {
+                "row": row, "worst teacher": f"**{100 * worst:.2f}**" if worst else "-",
                 **{race.removeprefix("mnist-") if race != "mnist" else "lenet5, ours":
                    f"{of_end(runs)} ({len(runs)})" if runs else "-" for race, runs in cells.items()}}))
     for _, line in sorted(lines, key=lambda pair: pair[0]):
@@ -298,8 +303,8 @@ def drawn_table(runs, measurements):
             arguments = {**presets_of(row["method"]).get(row["preset"], {}), **row["changed"],
                          "dataset": row["dataset"], "out": row["out"]}
             add(row, arguments, row["student_acc"][-1], row["measures"]["agreement-leaves"][-1])
-    for start, *_, end in runs:
-        if end.get("agreement_drawn") is not None and end["student_acc_last"] is not None:
+    for start, *_, end in (run for run in runs if len(run) > 1):
+        if end.get("agreement_drawn") is not None and end.get("student_acc_last") is not None:
             add(start, start["arguments"], end["student_acc_last"], end["agreement_drawn"])
     for (dataset, digest), students in teachers.items():
         for title, kept in (("all students", [*students.values()]),
@@ -315,8 +320,17 @@ def drawn_table(runs, measurements):
 
 
 def share_right(pairs):
-    """Of pairs (difference of accuracy, difference of agreement), how many have the same sign, in percent."""
-    return f"{100 * mean(acc * drawn > 0 for acc, drawn in pairs):.0f} %" if pairs else "-"
+    """Of pairs (difference of accuracy, difference of agreement), how many have the same sign, in percent.
+
+    Pairs of equally accurate students do not count.
+    """
+    right = [acc * drawn > 0 for acc, drawn in pairs if acc]
+    return f"{100 * mean(right):.0f} %" if right else "-"
+
+
+def rounded(number):
+    """Two digits, but no exponent: 0.52, 7.5, 110."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}" if number >= 0.01 else "under 0.01"
 
 
 # The front page's rows: the file, the flag that tells its rows apart, the paper, what it needs, the row of
@@ -488,11 +502,11 @@ def costs_table(measurements):
         if row["variant"] == "cost" and not row["changed"]:
             hours = {card: row["pflop"] * 1000 / (peak / 5) / 3600 for card, peak in CARDS.items()}
             yield {"method, preset": f"{row['method']}, {row['preset']}",
-                   "teacher → student": row["networks"], "PFLOP": f"{row['pflop']:.3g}",
+                   "teacher → student": row["networks"],
+                   "PFLOP": f"{row['pflop']:.0f}" if row["pflop"] >= 100 else f"{row['pflop']:.3g}",
                    "teacher queries, million": f"{row['queries'] / 1e6:.2f}",
                    "memory of a step in fp32, GB": f"{row['memory_gb']:.1f}",
-                   **{f"hours, {card}": f"{value:.2g}" if value >= 0.01 else "under 0.01"
-                      for card, value in hours.items()}}
+                   **{f"hours, {card}": rounded(value) for card, value in hours.items()}}
 
 
 # ------------------------------------------------------------------------------------------------- pages

@@ -106,3 +106,16 @@ def test_a_teacher_without_batchnorm_is_taken_and_the_log_says_so(teacher_file, 
     said = " ".join(row.get("text", "") for row in rows)
     assert rows[-2]["loss_bn"] == 0 and "the BatchNorm term is off" in said
     assert "10x10" in refused(plain_inversion, odd_teacher(in_tmp), capsys)
+
+
+def test_drawn_pictures_join_the_bank_without_a_class(in_tmp):
+    teacher, student, data = tiny_networks()
+    settings = tiny_settings(plain_inversion, drawn=5)
+    bank = plain_inversion.synthesize_bank(teacher, data, settings)
+    pixels, labels = plain_inversion.distill(teacher, student, data, settings, bank=bank)
+    first, made = len(bank[0]), settings.epochs * settings.synthesis_batch_size
+    assert len(pixels) == len(labels) == first + 5 + made
+    assert torch.equal(pixels[:first], bank[0]) and labels[first:first + 5].tolist() == 5 * [-1]
+    with common.seeded(settings.seed ^ 2 ** 31):
+        assert torch.equal(pixels[first:first + 5], common.leaves_for(data, 5))
+    assert not torch.equal(pixels[first:first + 5], common.drawn_pictures(data, 5).pixels)   # the score has others

@@ -238,10 +238,17 @@ def test_the_table_of_foreign_teachers_is_sorted_by_the_worst_and_names_the_seed
     runs = [run_of(f"runs/race-{race}/{row}-seed{seed}", accuracy) for race, row, seed, accuracy in (
         ("mnist", "csd", 0, 0.9), ("mnist", "csd", 1, 0.8), ("mnist-mixer", "csd", 0, 0.4),
         ("mnist", "dafl", 0, 0.6), ("mnist-mixer", "dafl", 0, 0.5))]
-    dafl, csd, teacher = table.foreign_table(runs)
-    assert (dafl["row"], dafl["worst teacher"], dafl["mixer"]) == ("dafl", "**50.00**", "50.00 (1)")
-    assert (csd["worst teacher"], csd["lenet5, ours"], csd["wrn"]) == ("**40.00**", "85.00 ± 7.07 (2)", "-")
-    assert (teacher["mixer"], teacher["wrn"]) == ("99.00", "-")
+    teachers = ["mnist", *table.foreign.RACES]
+    runs += [run_of(f"runs/race-{race}/rdskd-seed0", 0.7, method="rdskd") for race in teachers]
+    runs += [run_of(f"runs/race-{race}/zskd-seed0", 0.8) for race in teachers]
+    runs.append(runs[0][:1])                                                 # a run that has just begun
+    zskd, rdskd, dafl, csd, teacher = sorted(table.foreign_table(runs), key=lambda line: (
+        line["worst teacher"] == "", line["worst teacher"] == "-", line["worst teacher"] != "**80.00**"))
+    assert (zskd["row"], zskd["worst teacher"], zskd["mixer"]) == ("zskd", "**80.00**", "80.00 (1)")
+    assert (rdskd["worst teacher"], dafl["worst teacher"], dafl["mixer"]) == ("**70.00**", "-", "50.00 (1)")
+    assert (csd["worst teacher"], csd["lenet5, ours"], csd["wrn"]) == ("-", "85.00 ± 7.07 (2)", "-")
+    assert (teacher["mixer"], teacher["wrn"]) == ("99.00", "99.00")
+    assert [line["row"] for line in table.foreign_table(runs)][:2] == ["zskd", "rdskd"]
     foreign = [run for run in runs if "mixer" in run[0]["arguments"]["out"]]
     groups = table.grouped(foreign)
     assert groups and not table.race_tables(groups, []) and not groups       # they stand in this table alone
