@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, fill_bank,
                     frozen, leaves_for, normalize, place_like, recorded_statistics, revisited,
-                    seeded_and_checked, set_lr, steps, to_bytes, why_no_batchnorm)
+                    seeded, seeded_and_checked, set_lr, steps, to_bytes, why_no_batchnorm)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
 
@@ -236,9 +236,11 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     bank = bank or synthesize_bank(teacher, data, settings)
     first_pixels, first_labels = (part.to(device) for part in bank)
     torch.manual_seed(settings.seed ^ 2 ** 31)                  # other random numbers than those of the bank
-    if settings.drawn:                                          # nobody asked for a class in these: label -1
-        first_pixels = torch.cat([first_pixels, leaves_for(data, settings.drawn).to(device)])
-        first_labels = torch.cat([first_labels, first_labels.new_full((settings.drawn,), -1)])
+    if settings.drawn:
+        with seeded(settings.seed ^ 2 ** 30):                   # other pictures than those of the score
+            drawn = leaves_for(data, settings.drawn).to(device)
+        first_pixels = torch.cat([first_pixels, drawn])
+        first_labels = torch.cat([first_labels, first_labels.new_full((settings.drawn,), -1)])    # no class
     pixels = torch.cat([first_pixels, first_pixels.new_zeros(settings.epochs * n, *data.image_shape)])
     labels = torch.cat([first_labels, first_labels.new_zeros(settings.epochs * n)])
     optimizer = torch.optim.SGD(student.parameters(), settings.lr_student, 0.9,

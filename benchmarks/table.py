@@ -295,7 +295,8 @@ def drawn_table(runs, measurements):
     teachers = {}        # {(data set, teacher): {run: (it learned from such pictures?, accuracy, agreement)}}
 
     def add(row, arguments, accuracy, agreement):
-        computed = arguments.get("surrogate") in importlib.import_module("surrogate_kd").GENERATORS
+        computed = arguments.get("drawn", 0) > 0 or (
+            arguments.get("surrogate") in importlib.import_module("surrogate_kd").GENERATORS)
         teachers.setdefault((arguments["dataset"], row["teacher_sha256"]), {})[arguments["out"]] = (
             computed, accuracy, agreement)
     for row in measurements:

@@ -116,6 +116,7 @@ def test_drawn_pictures_join_the_bank_without_a_class(in_tmp):
     first, made = len(bank[0]), settings.epochs * settings.synthesis_batch_size
     assert len(pixels) == len(labels) == first + 5 + made
     assert torch.equal(pixels[:first], bank[0]) and labels[first:first + 5].tolist() == 5 * [-1]
-    with common.seeded(settings.seed ^ 2 ** 31):
+    with common.seeded(settings.seed ^ 2 ** 30):
         assert torch.equal(pixels[first:first + 5], common.leaves_for(data, 5))
-    assert not torch.equal(pixels[first:first + 5], common.drawn_pictures(data, 5).pixels)   # the score has others
+    of_score = common.drawn_pictures(data, 5).pixels           # a run is not scored on what it learned from
+    assert not torch.equal(pixels[first:first + 5], of_score)
