@@ -493,6 +493,23 @@ def epochs_table(measurements):
                "points under the best epoch": spread([max(scores) - scores[epoch] for scores, epoch in runs])}
 
 
+def architectures_table(measurements):
+    """How many of torchvision's networks work as teacher and as student of each method, and which do not."""
+    found = {}
+    for row in measurements:
+        if row["variant"] == "architecture":
+            for method, said in row["methods"].items():
+                found.setdefault((method, row["role"]), {})[row["network"]] = said
+    for method in sorted({method for method, _ in found}):
+        line = {"method": method}
+        for role in ("teacher", "student"):
+            said = found[method, role]
+            refused = sorted(network for network, text in said.items() if text != "works")
+            line[f"as {role}"] = f"{len(said) - len(refused)} of {len(said)}"
+            line[f"refused as {role}"] = ", ".join(refused)
+        yield line
+
+
 # TFLOP/s of matrix products in bf16 with sums in fp32, without sparsity, by NVIDIA's data sheets
 CARDS = {"RTX 3060": 25.5, "RTX 4090": 165, "A100": 312, "H100": 989}
 
@@ -523,6 +540,7 @@ def all_tables(runs, measurements):
               "foreign teachers": foreign_table(runs),
               "drawn pictures": drawn_table(runs, measurements),
               "choosing an epoch": epochs_table(measurements),
+              "architectures": architectures_table(measurements),
               "costs": costs_table(measurements)}
     return {title: table(rows) for title, rows in tables.items()}
 
