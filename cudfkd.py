@@ -22,11 +22,11 @@ and more. Images are used once and not kept, so the method needs no memory of ol
 Run it
     python cudfkd.py --dataset digits      a few minutes on a CPU; 96.61 ± 1.35 % (teacher 98.89)
     python cudfkd.py --teacher resnet34 --student resnet18   CIFAR-10, the authors' settings: 100,000 steps
-    The second has not been run yet. The abstract says that it reaches 90 % within 15 epochs. In our runs with
-    --preset cifar10-cpu, the curriculum shows no gain (note 2).
+    The second command has not been run yet. The abstract says that with this pair the method reaches 90 %
+    within 15 epochs. In our runs with --preset cifar10-cpu, the curriculum shows no gain (note 2).
 
 Copy it
-    Each loss can be copied alone. For distill(), copy common.py and this file, without main() and running.
+    Each loss can be copied alone. For distill(), copy common.py and this file; delete main() and its imports.
 
 Letters: G generator; N images in a batch, K classes; an image is C x H x W, a random vector z has L numbers;
 ℓ difficulty, v its weight, λ age, α weight of the adversarial loss, τ temperature.
@@ -72,7 +72,7 @@ class Settings:
     ramp_end: float = 0.75              # share of the run after which α no longer rises
     curriculum: Literal["log", "soft", "hard", "none"] = "log"  # from difficulty to weight; none: all 1
     granularity: Literal["sample", "batch"] = "sample"  # one weight an image, or one a batch (note 1)
-    age_start: float = 2.0              # λ at first. An image with ℓ = λ weighs about half (log), or 0
+    age_start: float = 2.0              # λ at first. At ℓ = λ, log gives a weight over half, the others 0
     age_end: float = 12.0               # λ at the end of the run
     student_loss: Literal["l1", "kl"] = "l1"    # difficulty: mean |difference| of the logits, or KL
     temperature: float = 20.0           # τ in the student's KL
@@ -108,7 +108,7 @@ PRESETS = {
     # commit a2d189b, whose script leaves the rise of α to the parser's default, 0.2 an epoch
     "cifar10-wrn40_2-wrn40_1": Preset("cifar10", "wrn40_2", "wrn40_1", replace(
         CIFAR10_WIDE, adversarial_end=25.3)),
-    # [ours] 30 epochs instead of 250. The authors' README names batches of 256 beside its training times
+    # [ours] 30 epochs instead of 250, and batches of 256, for which the authors' README gives its times
     "cifar10-short": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10, epochs=30, batch_size=256, synthesis_batch_size=256)),
     # [ours] For the race in benchmarks/, 40 minutes of two cores; chosen by trials on validation images.
@@ -314,7 +314,8 @@ def curriculum_age(step, total, start, end):
 class Generator(nn.Module):
     """Turns random vectors (N, L) into pixels (N, C, H, W) in [0, 1] [code].
 
-    It doubles the sides of its maps twice, and from 64x64 on three times; beyond 64x64 that is our choice.
+    It doubles the sides of its maps twice, and three times if images are 64x64 or larger. For those that are
+    larger this is our choice.
     It has 8,776,259 weights for 32x32 colour images and L = 512, and 35,139,139 for 64x64 and L = 1024.
     Raises BadInput for sides that cannot be reached by doubling.
     """
@@ -373,7 +374,7 @@ def epoch_terms(means, alpha, age, losses, weights):
 
 
 def check(settings):
-    """Raises BadInput for settings that make no sense together."""
+    """Raises BadInput for settings that make no sense."""
     if settings.student_steps % settings.round_steps:
         raise BadInput(f"--student-steps {settings.student_steps} must be a multiple of --round-steps "
                        f"{settings.round_steps}")
@@ -507,7 +508,7 @@ if __name__ == "__main__":
 #  6. α and λ. The authors add a fixed amount to α after each epoch between two marks, and to λ after each
 #     step of the student. The presets hold the values at which α and λ start and end, so that --epochs
 #     stretches or shortens the same curves.
-#  7. How far α rises. On CIFAR the code ends between 6.7 and 83.65, depending on the pair; `cifar10-cpu`
+#  7. How far α rises. Where it rises on CIFAR, the code ends between 6.7 and 83.65, by pair; `cifar10-cpu`
 #     ends at 2, MNIST and the digits at 5. --adversarial-end 6.7, as the authors have for WRN-40-2 to
 #     WRN-16-1: 44.12 % in a trial, and 52.02 % at 2 (both with the entropy's temperature at 20).
 #  8. Small ages. The authors' λ runs from 2 to 12 on CIFAR-10. On the digits ℓ soon falls to 0.2, where
@@ -521,9 +522,10 @@ if __name__ == "__main__":
 # 10. SVHN. The numbers are those of the authors' next project, whose code weights whole batches and
 #     counts all images in L_adv. Its α rises to 3.75 in 125 steps of 0.03, ours in 124 steps of 0.0302.
 #     The two never differ by more than 0.03.
-# 11. Tiny-ImageNet. The code halves the batch each time it puts a network on two GPUs, so the script's 512
-#     becomes 128 for the generator and 64 for the student. Here both have 128. Their student keeps ImageNet's
-#     first layers, which shrink its sides to a quarter; ours is common.py's ResNet-18 for small images.
+# 11. Tiny-ImageNet. The code halves the batch whenever it puts a network on two GPUs: the script's 512
+#     becomes 128 for the generator and 64 for the student. Here both have 128. Their student has the first
+#     layers of an ImageNet ResNet, which shrink an image to a quarter of its side; ours is the ResNet-18
+#     for small images.
 # 12. Left out. Generated images are neither augmented nor kept, as in the code. The code's activation
 #     term has weight 0 in every script, and its Jensen-Shannon variant of L_adv is used by none.
 # 13. Work saved. The images of ten steps are made together, and each upsampling is merged with the

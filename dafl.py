@@ -3,11 +3,11 @@
 Hanting Chen, Yunhe Wang, Chang Xu, Zhaohui Yang, Chuanjian Liu, Boxin Shi, Chunjing Xu, Chao Xu, Qi Tian.
 ICCV 2019, arXiv 1904.01186.
 
-A generator and a student learn together, and the frozen teacher guides both, like the discriminator of a
-GAN that is never trained. The generator turns random vectors into images. It is rewarded when the teacher is
-certain about every image, when the images excite the teacher's features, and when a batch covers all
-classes. The student sees the same images and learns to answer as the teacher does. The generator never looks
-at the student, and nothing asks for images of one class to differ; rdskd.py adds such a term.
+A generator and a student learn together, and the frozen teacher guides both. It plays the role of a GAN's
+discriminator, but is never trained. The generator turns random vectors into images. It is rewarded when the
+teacher is certain about every image, when the images excite the teacher's features, and when a batch covers
+all classes. The student sees the same images and learns to answer as the teacher does. The generator never
+looks at the student, and nothing asks for images of one class to differ; rdskd.py adds such a term.
 
     z ──► G ──► images ─┬──► teacher ─┬──► features, logits ──► excited? certain? all classes? ──► update G
                         │             └──► logits ──┐
@@ -48,8 +48,8 @@ from running import Run, command_line, dataset_spec, load_networks, parse
 @dataclass(frozen=True)
 class Settings:
     """The authors' numbers for CIFAR-10, ResNet-34 to ResNet-18 [code]."""
-    epochs: int = 2000                  # of --student-steps steps each; the student is scored after each
-    student_steps: int = 120            # steps in an epoch; generator and student take one each time
+    epochs: int = 2000                  # each has --student-steps steps, and the student is scored after it
+    student_steps: int = 120            # steps in an epoch; each updates generator and student once
     batch_size: int = 1024              # images per step
     latent_dim: int = 1000              # length of the random vector z
     generator_width: int = 128          # channels of the generator's first layers; half of them later
@@ -83,8 +83,8 @@ PRESETS = {
     "mnist": Preset("mnist", "lenet5", "lenet5_half", MNIST),
     # The recipe of the toolbox mmrazor, with an eighth of the authors' steps. mmrazor reports 93.27 % for it
     # (teacher 95.34 %). There, each of 8 GPUs has 256 images; here, BatchNorm sees all 2,048 together. We
-    # chose three things of which we do not know what they are there: log10 as in the authors' code, the
-    # factor τ² in the student's loss, and a weight decay of 0.01, which is AdamW's default.
+    # do not know what mmrazor does in three places, and took log10 as in the authors' code, the factor τ² in
+    # the student's loss, and a weight decay of 0.01, which is AdamW's default.
     "cifar10-short": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10, epochs=250, batch_size=2048, lr_generator=1e-3, generator_weight_decay=0.01,
         student_optimizer="adam", weight_decay=0.01, warmup=1 / 60, temperature=6.0)),
@@ -146,7 +146,7 @@ def information_entropy_loss(teacher_logits, natural_log=False):
 
 
 def activation_loss(features, sum_features=False):
-    """How weakly the images excite the teacher's features f [code]. The sum is the paper's (note 1).
+    """How weakly the images excite the teacher's features f: their mean [code], or the paper's sum (note 1).
 
         L_a = -mean over images and features of |f|
         L_a = -mean over images of Σ over features of |f|        with `sum_features`
@@ -314,9 +314,10 @@ if __name__ == "__main__":
 #     Adam on MNIST and SGD on CIFAR; we follow it. There is no flag for NAG.
 #  7. Which epoch counts. The authors report the epoch that is best on the test set. We report the last
 #     epoch and print the best one in brackets.
-#  8. Collapse. If all images become alike, the authors advise to start again. We go on, and the log says
-#     so. In one run of `mnist-cpu` with their --lr-generator of 0.2, the student fell from 95 to 64.7 %. At
-#     0.05, the preset's rate, three seeds did not collapse: 97.3 ± 0.7 %. `mnist` keeps 0.2.
+#  8. Collapse. If all images become alike, the authors advise to start again. Here the run goes on, and the
+#     log reports the collapse. In one run of `mnist-cpu` with their --lr-generator of 0.2, the student fell
+#     from 95 to 64.7 %. At 0.05, the preset's rate, three seeds did not collapse: 97.3 ± 0.7 %. `mnist`
+#     keeps 0.2.
 #  9. The student's loss is a soft cross-entropy in the paper and KL in the code. Their gradients are
 #     equal.
 # 10. Teachers. The authors train theirs for 199 epochs of SGD on CIFAR and for 9 of Adam on MNIST; ours
@@ -325,5 +326,5 @@ if __name__ == "__main__":
 # 11. Work saved. The code also computes gradients of the teacher's weights, which nothing reads. We do
 #     not, and we merge each upsampling with the convolution after it (UpsampledConv2d in common.py): the
 #     result is the same up to rounding.
-# 12. The command line. The authors' README passes --act, but their script calls it a, so the README's
-#     commands fail. Here it is --act.
+# 12. The command line. The authors' README passes --act, but in their script the flag is named --a, so the
+#     README's commands fail. Here it is --act.

@@ -23,14 +23,14 @@ Run it
         CIFAR-10, see note 1. Not run yet; we estimate 12 hours on a GPU that sustains 80 TFLOP/s
 
 Copy it
-    Each loss can be copied alone, those of total variation with neighbour_differences. For synthesize(), one
-    batch, or distill(), the whole method, copy common.py and this file; in the copy, delete main(),
-    save_images() and the import from running.
+    Each loss can be copied alone, those of total variation with neighbour_differences. synthesize() makes one
+    batch, and distill() is the whole method. To use either, copy common.py and this file, and in the copy
+    delete main(), save_images() and the import from running.
 
 Letters: T teacher, x the pixels of N images, each C x H x W, y the classes asked for; P images in the pool;
 K classes; CE cross-entropy; KL Kullback-Leibler divergence; τ the temperature, which divides the logits.
-Sources: we did not have the paper's text; what we say of it is from others; [code] is the authors' code,
-NVlabs/DeepInversion at 2413af1; [issues] their answers there; [DataFree] the re-implementation
+We did not have the paper's text and know it from others. Sources: [code] the authors' repository
+NVlabs/DeepInversion at 2413af1; [issues] their answers in its issues; [DataFree] the re-implementation
 zju-vipa/DataFree at 9e79fa9; [ours] a choice of this file. "Note 3" is the third at the end of the file.
 """
 import math
@@ -59,7 +59,7 @@ class Settings:
     student_steps: int = 50             # steps of the student in an epoch
     batch_size: int = 256               # images per step of the student
     initial_batches: int = 40           # DI batches before the student's first step, kept for reuse; 0 = none
-    pool_batches: int = 1000            # ADI adds batches up to this number, initial ones included; 0 = none
+    pool_batches: int = 1000            # size of the full pool, initial batches included; 0 = ADI adds none
     synthesis_batch_size: int = 256     # images in a batch that is made
     low_resolution_steps: int = 0       # first steps on a batch, at half its height and width; 0 = none
     synthesis_steps: int = 2000         # steps on a batch at its full size
@@ -101,7 +101,7 @@ PRESETS = {
     # [ours]: for a first look, with a fiftieth of the paper's images and a quarter of its steps on each batch
     "cifar10-short": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10, epochs=16, student_steps=200, initial_batches=4, pool_batches=20, synthesis_steps=500)),
-    # [ours]: the numbers for CIFAR-10
+    # [ours]: the numbers for CIFAR-10, with random classes where there are a hundred
     "cifar100": Preset("cifar100", "resnet34", "resnet18", replace(CIFAR10, cycle_targets=False)),
     "svhn": Preset("svhn", "wrn40_2", "wrn16_1", CIFAR10),
     # [code]: the README's command, for --synthesize-only (note 10). The student's half is nobody's recipe.
@@ -115,8 +115,9 @@ PRESETS = {
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", replace(
         CIFAR10, epochs=11, student_steps=300, batch_size=128, initial_batches=20, pool_batches=0,
         synthesis_steps=50, lr_images=0.1, beta1=0.5, tv=3e-3, mirror=True, clip=True, temperature=20.0)),
-    # [ours]: chosen among 7 trials by the test accuracy of seed 0. Before the last of them, we made images
-    # with two dozen settings and judged each by how often a second classifier saw the class asked for.
+    # [ours]: chosen among 7 trials by the test accuracy of seed 0. Before the seventh, we tried two
+    # dozen settings without a student, and judged each by how often a second classifier saw, in its images,
+    # the class that was asked for.
     "digits": Preset("digits", "wrn16_2", "wrn16_1", replace(
         CIFAR10, epochs=8, student_steps=120, batch_size=128, initial_batches=3, pool_batches=8,
         synthesis_batch_size=128, synthesis_steps=150, lr_images=0.3, bn=0.3, tv=0.01, jitter=1, clip=True,
@@ -461,13 +462,13 @@ if __name__ == "__main__":
 #     256; τ is 3. We chose 40 initial batches and τ². The rate falls along a cosine as in [DataFree]; the
 #     paper lowers it in steps. An epoch makes its ADI batch first and then trains the student for 50 steps.
 #  2. In turn, or images first. The preset `cifar10-cpu` makes all images before the student's first step,
-#     without competition: 47.5 ± 6.8 %. If images and student take turns and the images compete
-#     (--initial-batches 9 --pool-batches 20), it ends at 52.65 ± 1.71 %: within the spread of three seeds
-#     each. On digits, competition makes no difference: 97.1 ± 1.2 % with it, 96.9 ± 0.3 without.
+#     without competition: 47.5 ± 6.8 %. If both take turns, with competition (--initial-batches 9
+#     --pool-batches 20), the student ends at 52.65 ± 1.71 %, a difference within the spread of three seeds.
+#     On digits, competition makes no difference: 97.1 ± 1.2 % with it, 96.9 ± 0.3 without.
 #  3. The competition. The paper takes KL(p_T || M) and KL(p_S || M). The code swaps the two sides and
 #     clamps. An image on which both networks are certain of different classes then has J = 1.6. If the
-#     batch's mean passes 1, the loss is 0 and has no gradient, as if they differed enough. We follow it.
-#     --true-js takes the paper's J, at most ln 2.
+#     batch's mean passes 1, the loss is 0 and no longer pushes the two apart. This file does as the code
+#     does. --true-js takes the paper's J, at most ln 2.
 #  4. The best image. The CIFAR code means to return the pixels with the smallest loss, but keeps only a
 #     reference to a tensor that goes on changing, so it returns the last ones. The ImageNet code copies
 #     them one step too late. We return the last ones, and with --keep-best a copy of those with the

@@ -8,8 +8,8 @@ confident about. The teacher is trained in this way, and the number of times tha
 image's significance. There are three kinds of students. A `regulated` student chooses its images itself, as
 the teacher did. A `significance` student learns from every image that the teacher ever needed, and weights
 each image's loss by its significance. A `hybrid` student does both. In our runs, the regulated student equals
-plain distillation on MNIST and is no better than labels alone elsewhere; weights cost three points (notes 11
-and 12).
+plain distillation on MNIST and is no better than labels alone elsewhere. The other two lose three points on
+MNIST (notes 11 and 12).
 
     all images, labels ──► network in training ──► wrong, or not confident? ──no──► skipped in this epoch
                                                              │ yes
@@ -19,8 +19,8 @@ and 12).
 
 Run it
     python regulated_kd.py --dataset digits     a minute or two on a CPU; 94.78 ± 1.51 % (teacher 98.33)
-    python regulated_kd.py --dataset mnist      steps on 5.25 % of all visits to images: 98.75 ± 0.08 %
-                                                (on all of them, --mode kd: 98.73 ± 0.08 %)
+    python regulated_kd.py --dataset mnist      looks at each image once an epoch, and learns from 5.25 % of
+                                                these looks: 98.75 ± 0.08 % (from all, --mode kd: 98.73)
 Copy it
     Copy common.py, which has ImageSet and DataSpec, and this file; in the copy, delete main(),
     self_regulated() and the import from running. The modes significance and hybrid need the counts that
@@ -48,22 +48,24 @@ from running import Run, command_line, dataset_spec, digest, load_networks, pars
 # ------------------------------------------------------------------------------------------- hyperparameters
 @dataclass(frozen=True)
 class Settings:
-    """MNIST, LeNet-5 to its half [ours]. Four things are of [unofficial code]: alpha_epochs, hard, the gap as
-    measure of confidence, and Adam's 1e-3."""
+    """Our choice for MNIST, from LeNet-5 to a LeNet-5 of half its width.
+
+    Four things are of [unofficial code]: alpha_epochs, hard, the gap as measure of confidence, Adam's 1e-3.
+    """
     epochs: int = 10                    # the student's passes over the training set; it is scored after each
     batch_size: int = 128               # the student's
     teacher_epochs: int = 10            # passes over the set in the self-regulated teacher's training
     teacher_batch_size: int = 128       # of that training
     lr_teacher: float = 1e-3            # of that training; half a cosine from this rate to a hundredth of it
     mode: Literal["significance", "regulated", "hybrid", "kd", "ce"] = "regulated"  # kd and ce use all images
-    plain_teacher: bool = False         # kd, regulated: the usual teacher, not a self-regulated one (note 10)
+    plain_teacher: bool = False         # in modes kd and regulated, learn from the usual teacher (note 10)
     queue: bool = False                 # collect the chosen images to full batches (note 9)
     scan_batch_size: int = 1024         # with --queue: images looked at together before the next step
     alpha_epochs: float = 1.6           # α times the epochs: how fast η rises; at 0, only mistakes count
     confidence: Literal["gap", "true"] = "gap"  # gap of the two largest probabilities, or the true class's
     confidence_temperature: float = 1.0     # τ of these probabilities
     normalization: Literal["epochs", "max", "mean1"] = "epochs"  # one factor on all w (note 4)
-    reduction: Literal["selected", "visited"] = "selected"  # mean of the chosen, or sum / looked at
+    reduction: Literal["selected", "visited"] = "selected"  # divide by the images chosen, or looked at
     student_loss: Literal["kd", "cckd"] = "kd"  # τ² KL + hard CE, or CE with a mixture of label and teacher
     temperature: float = 4.0            # τ in the student's loss; for cckd the unofficial code has 1 to 1.5
     hard: float = 0.3                   # weight of the labels' CE beside the KL; cckd has none
@@ -150,9 +152,9 @@ def significance_weights(counts, epochs, normalization="epochs"):
         max      count / the largest count, in [0, 1]
         mean1    count / the mean of all counts above 0: the mean weight above 0 is 1
 
-    Counts (M,) -> (M,). The three differ by a constant factor (note 4). All of them, also `mean1`, change the
-    mean loss, because images with large weights tend to have large losses. Raises ValueError for another
-    word.
+    Counts (M,) -> (M,). The three differ by a constant factor (note 4). Even with `mean1` the mean loss is
+    not that without weights, because images with large weights tend to have large losses. Raises ValueError
+    for another word.
     """
     if normalization not in ("epochs", "max", "mean1"):
         raise ValueError(f"normalization must be epochs, max or mean1, not {normalization!r}")
@@ -235,8 +237,8 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
     -> the mean loss of the steps, or None if there was none; the number of images that took part
     """
     device, means, before = rows.device, Means(), counts.sum()
-    # BatchNorm needs at least two images. So the queue makes a step only if two images stay behind, and the
-    # pass never ends with a single one. Without the queue, a step on a single image is left out.
+    # BatchNorm needs at least two images. So the queue makes a full step only if at least two images are left
+    # over afterwards, for the last step of the pass. Without the queue, a step on a single image is left out.
     least, spare = (2, 2) if batchnorms(model, data) else (1, 0)
     queueing = settings.queue and threshold is not None
     order = one_pass(len(rows), settings.scan_batch_size if queueing else size, device)
@@ -284,8 +286,8 @@ def usage(epoch, uses, counts):
     """How many images the training has used up to this epoch, for its row of the log.
 
     `uses` (epochs,): how many images took part in each epoch. `counts` (M,): how often each image did.
-    -> share: of the images that took part in this epoch; sample_uses: how often any image took part so far;
-    never_used: images that never did; data_fraction: the mean of the shares so far
+    -> share: the part of the set that took part in this epoch; sample_uses: how often any image took part so
+    far; never_used: images that never did; data_fraction: the mean of the shares so far
     """
     m, total = len(counts), uses.sum()
     return dict(share=uses[epoch].item() / m, sample_uses=int(total), never_used=int((counts == 0).sum()),
@@ -412,7 +414,8 @@ def distill(teacher, student, data, settings, run=None, *, train, counts=None):
     return used, uses / m
 
 
-# The settings that shape the self-regulated teacher. One that was made with others is refused.
+# The settings that shape the self-regulated teacher. A kept teacher that was trained with other values is
+# refused.
 OF_TEACHER = ("teacher_epochs", "teacher_batch_size", "lr_teacher", "queue", "scan_batch_size", "optimizer",
               "alpha_epochs", "confidence", "confidence_temperature", "reduction", "weight_decay",
               "clip_norm")
@@ -458,7 +461,7 @@ def main(argv=None):
     train, _ = load_dataset(options.dataset, True, options.data_dir, options.device)
     run = Run(options, settings, teacher, student, data)
     if two_teachers or mode.regulated:
-        torch.backends.cudnn.benchmark = False          # batch sizes vary, so comparing algorithms is useless
+        torch.backends.cudnn.benchmark = False  # batch sizes vary: timing convolutions for each does not pay
     counts = self_regulated(teacher, data, settings, train, options, run) if two_teachers else None
     if mode.regulated and not settings.queue and batchnorms(student, data):
         run.note("a student with BatchNorm learns from few images at a time; --queue makes full batches")
@@ -486,9 +489,9 @@ if __name__ == "__main__":
 #     temperature. We add a minus sign, and leave the temperature at 1 (--confidence-temperature). That
 #     confidence is the gap between the two largest probabilities is [unofficial code]; --confidence true
 #     takes the probability of the true class.
-#  3. α = 1.6 / epochs, so that --epochs stretches the same curve [ours]. The [unofficial code] has α =
-#     0.01 and 160 epochs; --alpha-epochs sets the 1.6. Teacher and student share it, and all settings that
-#     OF_TEACHER names. Adam's 1e-3 is from that code's config; its README says 1e-5.
+#  3. α = 1.6 / epochs, so that --epochs stretches the same curve [ours]. The [unofficial code] has α = 0.01
+#     and 160 epochs; --alpha-epochs sets the 1.6. Teacher and student share it, and also the rule, the
+#     optimizer, its decay and --queue. Adam's 1e-3 is from that code's config; its README says 1e-5.
 #  4. Significance is count / epochs [ours]. --normalization multiplies all w by one factor. Adam without
 #     weight decay is not affected by it. Under SGD it scales the step, so `epochs`, whose weights are at
 #     most 1, gives small steps. Images with w = 0 are left out, which makes an epoch shorter.
@@ -505,8 +508,8 @@ if __name__ == "__main__":
 #     Take it for networks with BatchNorm, which cannot normalise small batches well. Their BatchNorm sees
 #     only the chosen images, also in its running statistics. With BatchNorm, a single image cannot make a
 #     step: at the end of a queue it joins the batch before, elsewhere it is dropped and not counted.
-# 10. Two teachers. By default two teachers are trained, and the student learns from the second, which is
-#     self-regulated. With --plain-teacher it learns from the first, the usual one. We do not know
+# 10. Two teachers. Except with --mode ce, two teachers are trained, and the student learns from the second,
+#     which is self-regulated. With --plain-teacher it learns from the first, the usual one. We do not know
 #     which kind of teacher the paper's plain distillation had. In the log, the start row has the usual
 #     teacher's accuracy, the end row that of the teacher who taught.
 # 11. What it is worth, MNIST. regulated: 98.75 ± 0.08 % with steps on 5.25 % of the visits. With steps on

@@ -21,7 +21,7 @@ Run it
 
 Copy it
     Each loss and each generator of pictures can be copied alone, with the helper that it calls. For the
-    method, copy common.py and this file without "Pictures that are there", main() and running:
+    method, copy common.py and this file; delete "Pictures that are there", main(), the import from running:
         draw = lambda start, n: procedural_pixels("leaves", n, data, settings, device)
         pixels, labels, _ = balanced_pool(teacher, data, settings, draw)
         distill(teacher, student, data, settings, surrogate=pixels, pseudo_labels=labels)
@@ -70,7 +70,7 @@ class Settings:
     visits: int = 1                     # student steps on each batch that the teacher has answered (note 21)
     surrogate: str = "shader"           # a generator such as leaves, a data set, folder:PATH, RUN/images.pt
     pool_images: int = 50_000           # pictures in the pool; --balance rounds up to full classes
-    pool_budget: int = 5                # --balance looks at no more than this many times as many pictures
+    pool_budget: int = 5                # with --balance, the teacher looks at up to this many for each kept
     balance: bool = True                # keep equally many pictures of each class that the teacher sees
     strokes: bool = False               # turn computed pictures into bright marks on black (note 13)
     temperature: float = 20.0           # τ of both softmaxes
@@ -274,8 +274,8 @@ def boundary_pairs(classify, pixels, targets, step=2 / 255, radius=32 / 255, ite
 
         x_next = x - size · sign(∂ CE(T(x), target) / ∂x),   within `radius` of the start and within [0, 1]
 
-    Each image has a step size of its own. If a step does not reach the target class, the image stays where it
-    is then, and the next step is `grow` times as long. If a step reaches it, and the network's confidence is
+    Each image has a step size of its own. If a step does not reach the target class, the image goes on from
+    there, and its next step is `grow` times as long. If a step reaches it, and the network's confidence is
     under `threshold` before and after, the two ends of the step are the pair. If the network is more
     confident than that, the step was too long: the image goes back, and the next one is `shrink` times as
     long. (The authors call this a bold driver.)
@@ -364,7 +364,8 @@ def attack_pool(attacked, teacher, surrogate, pseudo_labels, data, settings):
 def chosen_statistics(teacher, data, settings):
     """Inside the block, the teacher's BatchNorm layers normalise by what --teacher-statistics says [ours].
 
-    With `batch`, each layer takes mean and variance of the batch before it, not those that it remembers.
+    With `batch`, each layer normalises by the mean and variance of the batch that it is given, not by those
+    that it remembers.
     Raises BadInput if there is no such layer.
     """
     layers = []
@@ -492,8 +493,8 @@ def full_batches(n, size, device, distinct=False):
     """Endless batches of `size` indices below n, pass after pass, each pass in a random order.
 
     Where a pass ends within a batch, the next pass fills the batch up, and may repeat an index of it. With
-    `distinct` no batch has an index twice (if `size` is at most n): an index of the next pass that the batch
-    already has comes in a later batch.
+    `distinct` no batch has an index twice (if `size` is at most n): where a batch is filled up, indices that
+    it already holds are put off to a later batch.
     """
     order = torch.empty(0, dtype=torch.long, device=device)
     while True:
@@ -644,7 +645,8 @@ def main(argv=None):
 # ==========================================================================================================
 # Pictures from nothing. The method ends here. Each generator draws n pictures (n, 3, s, s), or noise
 # (n, C, s, s), with values in [0, 1] on `device`, and takes all its random numbers from torch. Notes 17 to 19
-# say what is simplified. leaves_images is in common.py, because every run is scored on such pictures.
+# say what is simplified. leaves_images is in common.py, because every run also reports how often student and
+# teacher agree on such pictures.
 # ==========================================================================================================
 def noise_images(n, size, device="cpu", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
     """Gaussian noise, each pixel by itself, clamped to [0, 1] [notes].
@@ -955,7 +957,7 @@ if __name__ == "__main__":
 #     has as many steps as without the attack [ours].
 #  4. An attack that finds few images. A batch has no attacked image twice: it takes at most as many as were
 #     found, and clean images in place of the others. In the next batches the same images may come again.
-#     If fewer were found than half a pass has places for, a note in the log says how many [ours].
+#     If fewer images were found than half the pool has, a note in the log says how many [ours].
 #  5. Numbers of the attack. The confidence limit 0.9 and the factors 1.1 and 0.5 are the code's defaults. No
 #     config with an attack was released: --attack-step, --attack-radius, --attack-iterations and
 #     --deeper-step are ours, and the same for all kinds of pictures.
@@ -976,8 +978,8 @@ if __name__ == "__main__":
 #     0.13 %, noise 34.57 ± 0.35 and 41.12 ± 4.69, Fashion-MNIST's images 90.17 ± 0.15 and 94.45 ± 0.95.
 # 11. Evenness. The authors' function for it was not released; the values that the notes quote fit ours. On
 #     MNIST, sets of 20,000 pictures with about 0.8 or more before balancing gave students within five points
-#     of the teacher, sets with 0.2 to 0.3 more than twenty points below it. It is no guarantee: noise has
-#     0.59 and gave 41 %, 4,000 fractals have 0.84 and gave 76 %.
+#     of the teacher, sets with 0.2 to 0.3 more than twenty points below it. It is no guarantee: 4,000
+#     fractals have 0.84 and gave 76 %. Noise lies between, with 0.59, and gave 41 %.
 # 12. Feature spread. The code prints it beside the evenness. It is the deviation across the features of one
 #     image, and it grows with the size of the features, so there is a second one for vectors of length 1. It
 #     cannot tell whether pictures differ from one another. `pixel_std` in the log can, for the last batch.

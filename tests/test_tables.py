@@ -132,7 +132,7 @@ def test_logs_keep_their_old_names_and_are_shown_under_the_new_ones(runs):
     rows = {table.race_row(run[0])[1] for run in plain if table.race_row(run[0])}
     assert rows == {f"plain-inversion{more}" for more in ("", "-2h", "-bf16", "-2h-bf16")}
     plain = [run for run in plain if run[0]["arguments"]["preset"] == "cifar10-cpu"]
-    assert len(plain) == 12 + 4
+    assert len(plain) == 12 + 6
     new = start_of(method="plain_inversion", preset="cifar10-cpu",
                    given=dict(teacher=plain[0][0]["arguments"]["teacher"]))
     assert not table.group_of(new).changed and table.group_of(new) in {
