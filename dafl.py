@@ -27,7 +27,7 @@ Copy it
 Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
 D features, which enter the teacher's first linear layer after its convolutions; CE cross-entropy; KL
 Kullback-Leibler divergence; τ the temperature, which divides the logits.
-Sources: we did not have the paper's text, and know of it what others report; [code] the authors' code,
+We did not have the paper's text and know it from others' reports. Sources: [code] the authors' code,
 huawei-noah/Data-Efficient-Model-Compression at 5e8f4e4; [ours] a reconstruction or a choice of this file.
 Where they disagree is listed at the end of the file: "note 3" is the third entry there.
 """
@@ -146,10 +146,10 @@ def information_entropy_loss(teacher_logits, natural_log=False):
 
 
 def activation_loss(features, sum_features=False):
-    """How weakly the images excite the teacher's features f: their mean [code], or the paper's sum (note 1).
+    """How weakly the images excite the teacher's features f: minus the mean of |f| [code], or minus the sum.
 
         L_a = -mean over images and features of |f|
-        L_a = -mean over images of Σ over features of |f|        with `sum_features`
+        L_a = -mean over images of Σ over features of |f|        with `sum_features`, as in the paper (note 1)
 
     Features (N, D) -> a scalar, at most 0. Real images excite the teacher's filters strongly, and generated
     images should, too.
@@ -301,8 +301,8 @@ if __name__ == "__main__":
 #     logarithm. The code has log10 and no such factor, and we follow it. --natural-log makes the loss 2.3
 #     times as large: 40.6 ± 4.7 %, within the spread.
 #  3. One batch or two. The code trains both networks on one batch, so the student sees images from before
-#     the generator's step; we follow it. The paper's algorithm, as we remember it, makes a second batch
-#     for the student: --separate-batches, 34.2 ± 7.5 %. This may be chance: the spreads overlap.
+#     the generator's step; we follow it. The paper's algorithm is said to make a second batch for the
+#     student: --separate-batches, 34.2 ± 7.5 %. This may be chance: the spreads overlap.
 #  4. The generator's BatchNorm. The code passes 0.8 as the second argument of two layers. That is eps,
 #     though momentum may have been meant; it weakens the normalisation. We keep it. The last layer has no
 #     weights and gives each channel of a batch mean 0 and deviation 1: the images need no further
@@ -313,7 +313,9 @@ if __name__ == "__main__":
 #  6. Optimizers. The paper is said to use NAG. The code has Adam for the generator, and for the student
 #     Adam on MNIST and SGD on CIFAR; we follow it. There is no flag for NAG.
 #  7. Which epoch counts. The authors report the epoch that is best on the test set. We report the last
-#     epoch and print the best one in brackets.
+#     epoch and print the best one in brackets. Their figures for ResNet-34 to ResNet-18 are 92.22 % on
+#     CIFAR-10 (teacher 95.58) and 74.47 on CIFAR-100 (77.84); for LeNet-5 to its half on MNIST 98.20
+#     (98.91).
 #  8. Collapse. If all images become alike, the authors advise to start again. Here the run goes on, and the
 #     log reports the collapse. In one run of `mnist-cpu` with their --lr-generator of 0.2, the student fell
 #     from 95 to 64.7 %. At 0.05, the preset's rate, three seeds did not collapse: 97.3 ± 0.7 %. `mnist`

@@ -62,7 +62,7 @@ class Settings:
     diversity_weight: float = 1.0       # weight of the diversity term
     diversity: Literal["ds", "ms", "none"] = "ds"   # ds: diversity_loss; ms: mode_seeking_loss (note 6)
     penalty: Literal["exp", "fixed"] = "exp"        # exp: e^(loss - reference); fixed: the loss (note 6)
-    reference: Literal["epoch", "previous"] = "epoch"   # the loss at a round's second step, or a step before
+    reference: Literal["epoch", "previous"] = "epoch"   # what a loss is compared with (note 1)
     student_optimizer: Literal["sgd", "adam"] = "adam"  # of the student: SGD with momentum 0.9, or AdamW
     lr_student: float = 2e-3            # learning rate of the student at the start
     weight_decay: float = 0.0           # of the student
@@ -214,7 +214,8 @@ def check(settings):
 def train_generator(teacher, data, settings, run=None):
     """Phase 1: train a generator for `teacher`, from which every student of this teacher can learn.
 
-    teacher, data, run: as in distill()
+    teacher, data   as in distill()
+    run             writes log and checkpoints of this phase; main() passes one, your own code need not
 
     Returns the generator, in train mode. Raises BadInput if a batch cannot be cut into two equal halves or a
     side is no multiple of 4, and FloatingPointError after a round in which a loss was not finite.
@@ -378,4 +379,5 @@ if __name__ == "__main__":
 # 10. Teachers. The authors train the one for MNIST for 199 epochs (SGD at 1e-3 without momentum) and the
 #     others for 499. Ours follow the recipe in running.py. We normalise SVHN by 0.5 and 0.5, the authors by
 #     its own mean and deviation.
-# 11. DAFL's activation loss does not occur here [code].
+# 11. DAFL's activation loss does not occur here [code]. The abstract says that RDSKD beats DAFL, MSKD, ZSKD
+#     and DeepInversion on MNIST, CIFAR-10 and SVHN; we know none of the paper's figures.

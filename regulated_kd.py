@@ -237,8 +237,8 @@ def regulated_pass(model, optimizer, size, train, rows, losses_of, threshold, co
     -> the mean loss of the steps, or None if there was none; the number of images that took part
     """
     device, means, before = rows.device, Means(), counts.sum()
-    # BatchNorm needs at least two images. So the queue makes a full step only if at least two images are left
-    # over afterwards, for the last step of the pass. Without the queue, a step on a single image is left out.
+    # BatchNorm cannot learn from a single image. So the queue always holds back two images for the last step
+    # of the pass. Without the queue, a step on a single image is left out.
     least, spare = (2, 2) if batchnorms(model, data) else (1, 0)
     queueing = settings.queue and threshold is not None
     order = one_pass(len(rows), settings.scan_batch_size if queueing else size, device)
@@ -508,7 +508,7 @@ if __name__ == "__main__":
 #     Take it for networks with BatchNorm, which cannot normalise small batches well. Their BatchNorm sees
 #     only the chosen images, also in its running statistics. With BatchNorm, a single image cannot make a
 #     step: at the end of a queue it joins the batch before, elsewhere it is dropped and not counted.
-# 10. Two teachers. Except with --mode ce, two teachers are trained, and the student learns from the second,
+# 10. Two teachers. Unless --mode is ce, two teachers are trained, and the student learns from the second,
 #     which is self-regulated. With --plain-teacher it learns from the first, the usual one. We do not know
 #     which kind of teacher the paper's plain distillation had. In the log, the start row has the usual
 #     teacher's accuracy, the end row that of the teacher who taught.

@@ -1003,14 +1003,14 @@ if __name__ == "__main__":
 # 19. What the generators leave out. The original spectrum also matches colours and wavelets of photographs.
 #     Leaves, fractals and generator stop earlier here, because 32x32 shows less, and the smallest leaf has a
 #     tenth of the side instead of 0.03.
-# 20. Optimizer. The released script builds it from its name alone and so ignores the configured rate and
-#     decay; it steps a schedule of epochs at every batch. We do what the config asks for: SGD 0.1, momentum
-#     0.9, decay 1e-4, a cosine to 1e-6. Nesterov is ours, and the decay of 5e-4 in cifar10-cpu-real: two
-#     trials with mixup gave 82.88 % with it and 81.76 with 1e-4, on validation images.
+# 20. Optimizer. The released script ignores the configured rate and decay, and moves the rate at every batch
+#     along a curve that is meant for epochs. We do what the config asks for: SGD 0.1, momentum 0.9, decay
+#     1e-4, a cosine to 1e-6. Nesterov is ours, and the decay of 5e-4 in cifar10-cpu-real: two trials with
+#     mixup gave 82.88 % with it and 81.76 with 1e-4, on validation images.
 # 21. Visits. --visits is in no paper. With --visits 3, the student trains three times on each batch that the
 #     teacher has answered: at once, and twice later in the epoch. An epoch has as many steps as without it,
 #     but asks the teacher for a third of the answers and sees a third of the pool.
 # 22. --teacher-statistics batch. Two papers on distillation from noise let the teacher's BatchNorm layers
 #     normalise by the statistics of the current batch, so that noise excites the later layers as real images
-#     do (NeurIPS 2022, openreview K8JngctQ2Tu, and a later one). We know of them what others report, and this
-#     flag is a reconstruction. What it is worth has not been measured yet.
+#     do (NeurIPS 2022, openreview K8JngctQ2Tu, and a later one). We have not read these papers; the flag is
+#     rebuilt from what others write about them. What it is worth has not been measured yet.

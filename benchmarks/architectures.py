@@ -4,8 +4,8 @@
     python benchmarks/architectures.py resnet50 swin_t
 
 Each network is the teacher of a WRN-10-1 and the student of one, in every method's `distill`, on images of
-32x32 or the smallest size that it takes. A pair works, or the method refuses the network in one sentence.
-Anything else, a traceback for example, stops this script.
+32x32 or the smallest size that it takes. A pair works, or the method refuses the network or stops with one
+sentence. Anything else, a traceback for example, stops this script.
 """
 import json
 import sys
@@ -36,7 +36,7 @@ TWO = dict(student_steps=2, round_steps=2, synthesis_steps=2, generator_steps=2,
 
 
 def tried(module, network, role):
-    """-> 'works', or the sentence of refusal"""
+    """-> 'works', or the sentence with which the method refuses the network or stops"""
     side = SIZES.get(network, 32)
     data = DataSpec((3, side, side), 10, (0.5,) * 3, (0.25,) * 3)
     values = {name: value for name, value in {**costs.ONE_STEP, **TWO}.items()
@@ -50,6 +50,8 @@ def tried(module, network, role):
             costs.distilled(module, teacher.eval(), student, data, settings, 16)
         except BadInput as error:
             return str(error)
+        except FloatingPointError as error:                    # untrained and deep: it may diverge at once
+            return f"stopped: {error}"
     return "works"
 
 

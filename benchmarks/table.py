@@ -506,7 +506,7 @@ def architectures_table(measurements):
             said = found[method, role]
             refused = sorted(network for network, text in said.items() if text != "works")
             line[f"as {role}"] = f"{len(said) - len(refused)} of {len(said)}"
-            line[f"refused as {role}"] = ", ".join(refused)
+            line[f"not as {role}"] = ", ".join(refused)
         yield line
 
 
