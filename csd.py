@@ -433,7 +433,9 @@ def distill(teacher, student, data, settings, run=None, bank=None):
                     with torch.no_grad():
                         student(rotations(images))                           # features (4N, D) are seen
                     student.train()
-                    loss_head = auxiliary_loss(head(seen[features_of]), rotation_labels(labels[batch]))
+                    # a deep student in eval mode may overflow in its first steps; the head must not see that
+                    features = seen[features_of].clamp(-1e6, 1e6).nan_to_num(0.0)
+                    loss_head = auxiliary_loss(head(features), rotation_labels(labels[batch]))
                     head_optimizer.zero_grad()
                     loss_head.backward()
                     head_optimizer.step()

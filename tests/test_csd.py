@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torchvision.models import mnasnet0_5
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -192,3 +193,16 @@ def test_the_script_says_which_term_is_off_and_refuses_what_it_cannot_make(teach
     assert "WideResNet" in refused(csd, argv, capsys) and "10x10" in refused(csd, odd_teacher(in_tmp), capsys)
     with pytest.raises(common.BadInput, match="square.*multiple of 4, not 8x12"):
         csd.Generator(6, (1, 8, 12))
+
+
+def test_a_deep_student_that_overflows_in_eval_mode_does_not_reach_the_head():
+    """After one step, the running statistics of MNASNet are far from its activations."""
+    data = common.DataSpec((3, 32, 32), 10, (0.5,) * 3, (0.25,) * 3)
+    settings = tiny_settings(csd, epochs=1, student_steps=3, batch_size=8, feature=0.0)
+    with common.seeded(0):
+        teacher, student = common.build_model("wrn10_1", 10, (3, 32, 32)), mnasnet0_5(num_classes=10)
+    seen, real = [], csd.auxiliary_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csd, "auxiliary_loss", lambda logits, labels: seen.append(logits) or real(logits, labels))
+        csd.distill(teacher.eval(), student, data, settings)
+    assert len(seen) == 3 and all(logits.isfinite().all() for logits in seen)
