@@ -203,6 +203,7 @@ def test_a_deep_student_that_overflows_in_eval_mode_does_not_reach_the_head():
         teacher, student = common.build_model("wrn10_1", 10, (3, 32, 32)), mnasnet0_5(num_classes=10)
     seen, real = [], csd.auxiliary_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(csd, "auxiliary_loss", lambda logits, labels: seen.append(logits) or real(logits, labels))
+        patch.setattr(csd, "auxiliary_loss",
+                      lambda logits, labels: seen.append(logits) or real(logits, labels))
         csd.distill(teacher.eval(), student, data, settings)
     assert len(seen) == 3 and all(logits.isfinite().all() for logits in seen)
