@@ -427,7 +427,8 @@ def parse(method, doc, Settings, presets, argv=None, fits=lambda settings, flags
     _check_folder(options, settings)
     for name, text in own.items():
         path = getattr(options, name)
-        if isinstance(text, str) and path and not Path(path, "result.pt").exists():      # it is to be made
+        # it is to be made; a file, from an older version, is refused later, with advice
+        if isinstance(text, str) and path and not (Path(path).is_file() or Path(path, "result.pt").exists()):
             _check_writable(path, f"the folder of --{name}")
     return options, settings
 
