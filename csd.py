@@ -433,7 +433,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
                     with torch.no_grad():
                         student(rotations(images))                           # features (4N, D) are seen
                     student.train()
-                    # a deep student in eval mode may overflow in its first steps; the head must not see that
+                    # a deep student in eval mode may overflow in its first steps (note 12)
                     features = seen[features_of].clamp(-1e6, 1e6).nan_to_num(0.0)
                     loss_head = auxiliary_loss(head(features), rotation_labels(labels[batch]))
                     head_optimizer.zero_grad()
@@ -512,3 +512,6 @@ if __name__ == "__main__":
 #     falls along a cosine, and the last epoch (running.py).
 # 11. A new generator for every batch [code]. plain_inversion.py goes on with one generator instead. CSD with
 #     that change and no other ended at 71.4 ± 1.5 %. Its flag has since been removed; commit b9db535 has it.
+# 12. Overflow [ours]. In its first steps a deep student in eval mode can overflow, because its running
+#     statistics are not there yet, and one such batch would leave the head with NaN for good. So the head
+#     learns from features within ±1e6. Other features are not changed.

@@ -26,7 +26,7 @@ Run it
     within 15 epochs. In our runs with --preset cifar10-cpu, the curriculum shows no gain (note 2).
 
 Copy it
-    Each loss can be copied alone. For distill(), copy common.py and this file; delete main() and its imports.
+    Losses can be copied alone. For distill(), copy common.py and this file, and delete all that uses running.
 
 Letters: G generator; N images in a batch, K classes; an image is C x H x W, a random vector z has L numbers;
 ℓ difficulty, v its weight, λ age, α weight of the adversarial loss, τ temperature.
@@ -59,7 +59,7 @@ class Settings:
     synthesis_batch_size: int = 512     # images in a step of the generator
     images_per_pass: int = 2560         # images made at once for the student, for the sake of memory alone
     latent_dim: int = 512               # length of z
-    generator_width: int = 64           # channels of the generator's last stage; each earlier one has twice
+    generator_width: int = 64           # channels of its last stage; each stage before has twice as many
     lr_generator: float = 1e-3          # Adam with betas (0.9, 0.99), constant
     oh: float = 1.0                     # weight of one_hot_loss
     bn: float = 1.0                     # weight of bn_loss

@@ -52,7 +52,7 @@ class Settings:
     student_steps: int = 120            # steps in an epoch; each updates generator and student once
     batch_size: int = 1024              # images per step
     latent_dim: int = 1000              # length of the random vector z
-    generator_width: int = 128          # channels of the generator's first layers; half of them later
+    generator_width: int = 128          # channels of the generator's first layers; half as many later
     lr_generator: float = 0.02          # Adam's learning rate for the generator, constant after --warmup
     generator_weight_decay: float = 0.0     # of the generator, decoupled as in AdamW
     student_optimizer: Literal["sgd", "adam"] = "sgd"   # of the student: SGD with momentum 0.9, or AdamW

@@ -47,7 +47,7 @@ from running import Run, command_line, dataset_spec, load_networks, parse
 @dataclass(frozen=True)
 class Settings:
     """For CIFAR-10 and 40 minutes of two CPU cores, chosen on validation images [ours]."""
-    epochs: int = 10                    # each adds a batch to the bank, which only grows, then trains
+    epochs: int = 10                    # each adds one batch to the bank, then trains for --student-steps
     student_steps: int = 459            # steps of the student in an epoch
     batch_size: int = 128               # images in a step of the student
     lr_student: float = 0.1             # SGD, momentum 0.9, cosine over the epochs to 0
@@ -75,7 +75,8 @@ PRESETS = {
         CIFAR10_CPU, bank_rounds=1000, epochs=100, student_steps=500)),
     # The row of the comparison in benchmarks/: chosen among six trials on CIFAR-10's validation images
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", CIFAR10_CPU),
-    # LeNet-5 has no BatchNorm, so there is no bn_loss, and drawn pictures help (note 9)
+    # LeNet-5 has no BatchNorm, so there is no bn_loss, and drawn pictures help (note 9). Steps and rate are
+    # those of csd.py's preset, with half as many batches before the student's first step
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(
         CIFAR10_CPU, epochs=20, student_steps=400, lr_student=0.01, bank_rounds=40, bank_synthesis_steps=15,
         synthesis_steps=15, drawn=8000)),
@@ -228,8 +229,9 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     data       a DataSpec: image shape, number of classes, normalisation, augmentation
     run        writes log and checkpoints; main() passes one, your own code need not
     bank       what `synthesize_bank` returned; it is made here if it is None
-    Random numbers start from settings.seed; the caller's are left as they were. Returns the whole bank:
-    pixels (M, C, H, W) uint8 and the classes asked for (M,). Raises FloatingPointError if a loss is no longer
+    Random numbers start from settings.seed; the caller's are left as they were. Returns the whole bank,
+    from which nothing is ever removed: pixels (M, C, H, W) uint8 and the classes asked for (M,), -1 for a
+    drawn picture. Raises FloatingPointError if a loss is no longer
     finite.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
@@ -237,7 +239,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     first_pixels, first_labels = (part.to(device) for part in bank)
     torch.manual_seed(settings.seed ^ 2 ** 31)                  # other random numbers than those of the bank
     if settings.drawn:
-        # a run also reports how often student and teacher agree on drawn pictures, which must be others
+        # other pictures than those on which a run reports how often student and teacher agree
         with seeded(settings.seed ^ 2 ** 30):
             drawn = leaves_for(data, settings.drawn).to(device)
         first_pixels = torch.cat([first_pixels, drawn])
@@ -318,7 +320,8 @@ if __name__ == "__main__":
 #
 #  1. One generator that goes on, instead of a new one for each batch. CSD with this change and no other:
 #     69.5 ± 1.8 became 71.4 ± 1.5 %. Here, in two trials, 70.1 became 76.4 %, but the numbers of steps had
-#     changed as well. --no-keep-generator starts every batch anew (and needs a --bank of its own).
+#     changed as well. --no-keep-generator starts every batch anew (and needs a --bank of its own). There
+#     are two such generators: one makes the bank, and a new one makes the batches of the epochs.
 #  2. Answers that serve three steps. Where the teacher's answer costs as much as the student's step, this
 #     leaves time for more steps: 76.4 became 78.5 %, two trials. --visits 1 asks for every step.
 #  3. The weight of the BatchNorm term: 78.5 % with 1, 79.4 with 3, two trials. --bn (and a --bank)
@@ -336,4 +339,4 @@ if __name__ == "__main__":
 #  9. Drawn pictures (--drawn) show discs and polygons that cover one another. Trials on MNIST with a teacher
 #     without BatchNorm: 10,000 generated images give 94.96 %, 8,000 drawn and 2,100 generated ones 95.74,
 #     8,000 and 10,000 give 96.38. With BatchNorm they harm (half of cifar10-cpu's steps, 70.46 and 61.52 %).
-#     A run's score on drawn pictures is then too good, and its last line warns of it.
+#     With --drawn, the agreement on drawn pictures is too good, and the run says so where it prints it.

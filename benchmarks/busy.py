@@ -3,10 +3,11 @@
     python benchmarks/busy.py --networks wrn40_2 wrn16_1 --precision bf16
     python benchmarks/busy.py --networks resnet34 resnet18 --methods csd cudfkd --log NAME.jsonl
 
-Each phase of a method makes nine steps of its usual size: three to warm up, three that are timed, and three
-under torch.profiler. The busy share is the time in which at least one kernel ran in the last three, divided
-by the time of the three before, because the profiler itself slows the steps down. If it is well under 1, the
-GPU waits for Python to start its kernels. On a CPU there are no kernels, and the steps are only timed.
+Each phase of a method makes ten steps of its usual size: three to warm up, three that are timed, three under
+torch.profiler, and one that ends them. The busy share is the time in which at least one kernel ran in the
+traced three, divided by the time of the three before, because the profiler slows the steps down. If it is
+well under 1, the GPU waits for Python to start its kernels. On a CPU there are no kernels, and the steps are
+only timed.
 CuDFKD makes the images of ten steps before them, so that its student's steps are without that work.
 """
 import itertools
