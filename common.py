@@ -569,7 +569,7 @@ def expected_calibration_error(logits, labels, bins=15):
 # Drawn pictures: a score for those who have no test images. The same for all students of a teacher.
 @functools.cache
 def drawn_pictures(data, n=None):
-    """n dead leaves in the shape of the data; an ImageSet.
+    """n dead leaves in the shape of the data, as bright strokes on black where images are grey; an ImageSet.
 
     n is 2,000, or 200 where images are larger than 64x64, so that drawing and scoring them stays quick.
 
@@ -577,22 +577,15 @@ def drawn_pictures(data, n=None):
     They are always the same ones, drawn with a seed that no run has, and nothing is trained on them, except
     by surrogate_kd.py --surrogate leaves, which draws others of the same kind.
     """
-    with seeded(2 ** 31):
-        return ImageSet(leaves_for(data, n or (2000 if max(data.image_shape[1:]) <= 64 else 200)), None)
-
-
-def leaves_for(data, n):
-    """n dead leaves in the shape of the data, as bright strokes on black where images are grey.
-
-    -> pixels (n, C, H, W) uint8
-    """
     size = max(32, *data.image_shape[1:])
+    n = n or (2000 if size <= 64 else 200)
     at_once, parts = 2000 if size <= 64 else 20, []                          # a bound on memory
-    for start in range(0, n, at_once):
-        pixels = leaves_images(min(at_once, n - start), size)
-        pixels = fit_pixels(strokes(pixels) if data.image_shape[0] == 1 else pixels, data)
-        parts.append((255 * pixels.clamp(0, 1)).byte())
-    return torch.cat(parts)
+    with seeded(2 ** 31):
+        for start in range(0, n, at_once):
+            pixels = leaves_images(min(at_once, n - start), size)
+            pixels = fit_pixels(strokes(pixels) if data.image_shape[0] == 1 else pixels, data)
+            parts.append((255 * pixels.clamp(0, 1)).byte())
+    return ImageSet(torch.cat(parts), None)
 
 
 def leaf_radius_cdf(smallest=0.03):

@@ -1,20 +1,22 @@
-"""Plain inversion: what is left of data-free distillation when everything that did not pay is taken away
+"""Plain inversion: what is left of data-free distillation without what we found not to pay
 
 No paper stands behind this file. It is ours, and it is what you should try first if you have nothing but a
 teacher. One generator makes batch after batch of images, a few steps for each: the frozen teacher should see
 the classes that we ask for, and each BatchNorm layer should see the statistics that it remembers from real
-data. The images fill a bank, to which pictures that a program draws may be added (--drawn). The student
-learns to answer as the teacher does on mixtures of two images of the bank, each cropped and mirrored at
-random as the teacher's data were. Generator and student do not compete, and the student's loss has no label.
+data. The images fill a bank. The student learns to answer as the teacher does on images of the bank, which
+are changed at random and can be mixed. Generator and student do not compete, and no label is used.
 
-    z ──► G ──► images ──► teacher ──► right class? BatchNorm as for real data? ──► update G and z
+A teacher without BatchNorm remembers no statistics, and fine patterns that show nothing satisfy it. Against
+that the generator can draw coarsely (--detail), keep to the data's brightness and contrast (--contrast), and
+make images that the teacher still recognizes when they are turned and stretched (--warp).
+
+    z ──► G ──► images ──► change ──► teacher ──► right class? BatchNorm as for real data? ──► update G and z
                   │
-                  └──► bank ──► mixtures ─┬──► teacher ──► logits
-                                          └──► student ──► logits ──► how far from the teacher's? ──► update S
+                  └──► bank ──► change, mix ─┬──► teacher ──► logits
+                                             └──► student ──► logits ──► how far from the teacher's? ──► S
 
 From CSD's first stage (csd.py) it takes the generator, the generator's two losses and the bank; from
-Fast-DFKD (arXiv 2112.06253) the idea that a new batch need not start from nothing. What we know of each
-part's worth stands in the notes at the end of the file.
+Fast-DFKD (arXiv 2112.06253) the idea that a new batch need not start from nothing.
 
 Run it
     python plain_inversion.py --dataset digits      two minutes on a CPU; 96.6 ± 0.5 % (teacher 98.9)
@@ -28,18 +30,20 @@ Copy it
 
 Letters: T teacher, S student, G generator; N images in a batch, M in the bank, K classes; an image is
 C x H x W, a random vector z has L numbers, y is the class that was asked for.
-Sources: [csd] is CSD's authors' code, see csd.py; [ours] a choice of this file.
+Sources: [csd] is CSD's authors' code, see csd.py; [ours] a choice of this file. What we know of each part's
+worth stands in the notes at the end.
 """
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, cosine, fill_bank,
-                    frozen, leaves_for, normalize, place_like, recorded_statistics, revisited,
-                    seeded, seeded_and_checked, set_lr, steps, to_bytes, why_no_batchnorm)
+from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, build_optimizer,
+                    cosine, fill_bank, frozen, normalize, place_like, recorded_statistics, revisited,
+                    seeded_and_checked, set_lr, steps, to_bytes, why_no_batchnorm)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
 
@@ -50,11 +54,12 @@ class Settings:
     epochs: int = 10                    # each adds one batch to the bank, then trains for --student-steps
     student_steps: int = 459            # steps of the student in an epoch
     batch_size: int = 128               # images in a step of the student
-    lr_student: float = 0.1             # SGD, momentum 0.9, cosine over the epochs to 0
+    optimizer: Literal["sgd", "adam"] = "sgd"   # of the student: SGD with momentum 0.9, or AdamW
+    lr_student: float = 0.1             # at the start; it falls along a cosine to 0
     weight_decay: float = 1e-4          # of the student
     temperature: float = 10.0           # τ in kd_loss
     mixup: bool = True                  # teacher and student see mixtures of two images
-    visits: int = 3                     # student steps on each batch that the teacher has answered
+    visits: int = 3                     # student steps on each batch that the teacher has answered once
     synthesis_batch_size: int = 100     # images in a batch that the generator makes
     synthesis_steps: int = 10           # generator steps for the one batch of an epoch
     keep_generator: bool = True         # go on with the generator of the batch before, see note 1
@@ -62,7 +67,9 @@ class Settings:
     latent_dim: int = 256               # length of z
     oh: float = 1.0                     # weight of one_hot_loss
     bn: float = 3.0                     # weight of bn_loss; 0 = off
-    drawn: int = 0                      # pictures in the bank that a program draws (note 9)
+    contrast: float = 0.0               # weight of contrast_loss; 0 = off (note 9)
+    detail: int = 1                     # 2 draws images with half of the rows and columns; 1 = off
+    warp: float = 0.0                   # how far `warped` changes images, here and for the student; 0 = off
     bank_rounds: int = 100              # batches made before the student's first step
     bank_synthesis_steps: int = 10      # generator steps for each of them
     seed: int = 0                       # of all random numbers
@@ -75,11 +82,12 @@ PRESETS = {
         CIFAR10_CPU, bank_rounds=1000, epochs=100, student_steps=500)),
     # The row of the comparison in benchmarks/: chosen among six trials on CIFAR-10's validation images
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", CIFAR10_CPU),
-    # LeNet-5 has no BatchNorm, so there is no bn_loss, and drawn pictures help (note 9). Steps and rate are
-    # those of csd.py's preset, with half as many batches before the student's first step
+    # For teachers without BatchNorm, where bn has no effect. Chosen with two teachers that are in no race of
+    # benchmarks/ (note 9). The numbers of steps are those of csd.py's preset, but for 20 more bank rounds
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(
-        CIFAR10_CPU, epochs=20, student_steps=400, lr_student=0.01, bank_rounds=40, bank_synthesis_steps=15,
-        synthesis_steps=15, drawn=8000)),
+        CIFAR10_CPU, epochs=20, student_steps=400, optimizer="adam", lr_student=2e-3, weight_decay=0.0,
+        mixup=False, bank_rounds=100, bank_synthesis_steps=15, synthesis_steps=15, contrast=1.0, detail=2,
+        warp=1.0)),
     # [ours], the better of two settings by test accuracy on seed 0
     "digits": Preset("digits", "wrn16_2", "wrn16_1", replace(
         CIFAR10_CPU, epochs=5, student_steps=180, batch_size=64, bank_rounds=30, bn=0.3)),
@@ -124,30 +132,77 @@ def bn_loss(statistics, running):
                for (mean, var), (running_mean, running_var) in zip(statistics, running, strict=True))
 
 
+def contrast_loss(images):
+    """How far mean and variance of a batch's pixels are from those of the teacher's data [ours].
+
+        L_contrast = ‖variance - 1‖₂ + ‖mean‖₂
+
+    Normalised images (N, C, H, W) -> a scalar, at least 0. It is `bn_loss` for the input. Real images have
+    mean 0 and variance 1 if DataSpec holds mean and deviation of all their pixels. Often it does not: with
+    CIFAR-10's usual numbers, real images have variances of 1.5 to 1.7.
+    """
+    mean, var = images.mean((0, 2, 3)), images.var((0, 2, 3), unbiased=False)             # (C,)
+    return torch.linalg.vector_norm(var - 1) + torch.linalg.vector_norm(mean)
+
+
+# ----------------------------------------------------------------------------- what both networks get to see
+def seen(pixels, data, settings):
+    """Pixels in [0, 1] -> images as the networks take them: cropped, mirrored, warped, normalised.
+
+    (N, C, H, W) -> (N, C, H, W)
+    """
+    return normalize(warped(augment(pixels, data), settings.warp), data)
+
+
+def warped(pixels, strength):
+    """Turns, slants, stretches and moves each image, by random amounts of its own [ours].
+
+    With strength 1, an image is turned by up to 20 degrees, slanted by up to 0.3, each side stretched by up
+    to 22 % or shrunk by up to 18 %, and moved by up to 6 % of each side. What comes in at the borders is
+    black.
+    (N, C, H, W) -> (N, C, H, W)
+    """
+    if not strength:
+        return pixels
+    draws = 2 * torch.rand(6, len(pixels), device=pixels.device) - 1
+    turn, slant, scale_x, scale_y, move_x, move_y = (                                     # (N,) each
+        strength * most * draw for most, draw in zip((0.35, 0.3, 0.2, 0.2, 0.12, 0.12), draws))
+    x, y, shape = scale_x.exp(), scale_y.exp(), pixels.shape[3] / pixels.shape[2]
+    # an affine map for each image, which says where in the old image a pixel of the new one comes from. The
+    # corners are at -1 and 1, also where an image is not square
+    maps = torch.stack([torch.stack([x * turn.cos(), (slant - y * turn.sin()) / shape, move_x], 1),
+                        torch.stack([x * turn.sin() * shape, y * turn.cos(), move_y], 1)], 1).to(pixels.dtype)
+    return F.grid_sample(pixels, F.affine_grid(maps, pixels.shape, align_corners=False), align_corners=False)
+
+
 # -------------------------------------------------------------------------------------------------- networks
 class Generator(nn.Module):
     """Turns random vectors (N, L) into pixels (N, C, H, W) in (0, 1) [csd].
 
-    2,328,899 weights for 32x32 colour images and L = 256. It always runs in train mode.
+    It draws an image with H / detail rows and W / detail columns, rounded up to multiples of 4, and resizes
+    that smoothly [ours]. With detail 1 and sides that are multiples of 4 this is CSD's generator,
+    which has 2,328,899 weights for 32x32 colour images and L = 256. It always runs in train mode.
     """
-    def __init__(self, latent_dim, image_shape):
+    def __init__(self, latent_dim, image_shape, detail=1):
         super().__init__()
-        channels, height, width = image_shape
-        if height % 4 or width % 4:                                          # it doubles twice
-            raise BadInput(f"the generator needs sides that are multiples of 4, not {height}x{width}")
+        channels, *self.size = image_shape
+        rows, columns = (math.ceil(side / detail / 4) for side in self.size)              # it doubles twice
         self.layers = nn.Sequential(
-            nn.Linear(latent_dim, 128 * (height // 4) * (width // 4)),
-            nn.Unflatten(1, (128, height // 4, width // 4)),                 # (N, 128, H/4, W/4)
+            nn.Linear(latent_dim, 128 * rows * columns),
+            nn.Unflatten(1, (128, rows, columns)),
             nn.BatchNorm2d(128),
-            UpsampledConv2d(128, 128, bias=False),                           # doubled: (N, 128, H/2, W/2)
+            UpsampledConv2d(128, 128, bias=False),                           # (N, 128, 2 rows, 2 columns)
             nn.BatchNorm2d(128), nn.LeakyReLU(0.2, inplace=True),
-            UpsampledConv2d(128, 64, bias=False),                            # (N, 64, H, W)
+            UpsampledConv2d(128, 64, bias=False),                            # (N, 64, 4 rows, 4 columns)
             nn.BatchNorm2d(64), nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(64, channels, 3, padding=1), nn.Sigmoid())             # (N, C, H, W)
+            nn.Conv2d(64, channels, 3, padding=1))
         self.reinitialize(self.layers)
 
     def forward(self, z):
-        return self.layers(z)
+        coarse = self.layers(z)                                              # (N, C, 4 rows, 4 columns)
+        if list(coarse.shape[2:]) == self.size:
+            return coarse.sigmoid()
+        return F.interpolate(coarse, self.size, mode="bicubic").sigmoid()    # (N, C, H, W)
 
     @staticmethod
     def reinitialize(network):
@@ -182,10 +237,12 @@ def synthesize(generator, teacher, data, settings, total_steps):
     with frozen(teacher), recorded_statistics(layers) as statistics:
         for _ in steps(total_steps, "synthesis"):
             pixels = generator(z)                                            # (N, L) -> (N, C, H, W)
-            teacher_logits = teacher(normalize(augment(pixels, data), data))              # (N, K)
+            teacher_logits = teacher(seen(pixels, data, settings))                        # (N, K)
             loss_oh = one_hot_loss(teacher_logits, targets)
             loss_bn = bn_loss([statistics[layer] for layer in layers], running)          # 0 without layers
-            loss = settings.oh * loss_oh + settings.bn * loss_bn
+            # of the images before `seen` changes them, because it is these that shall be like real ones
+            loss_contrast = contrast_loss(normalize(pixels, data)) if settings.contrast else 0
+            loss = settings.oh * loss_oh + settings.bn * loss_bn + settings.contrast * loss_contrast
             # keep a copy of the best pixels, from before the update below
             better = loss.detach() < best_loss
             best_pixels = torch.where(better, pixels.detach(), best_pixels)
@@ -193,7 +250,7 @@ def synthesize(generator, teacher, data, settings, total_steps):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            means.add(loss_oh=loss_oh, loss_bn=loss_bn)
+            means.add(loss_oh=loss_oh, loss_bn=loss_bn, loss_contrast=loss_contrast)
     return best_pixels, targets, means.take()
 
 
@@ -204,7 +261,7 @@ def synthesize_bank(teacher, data, settings, run=None):
     `run` writes log and checkpoints; main() passes one.
     -> pixels (M, C, H, W) uint8, the classes asked for (M,)
     """
-    generator = place_like(Generator(settings.latent_dim, data.image_shape), teacher)
+    generator = place_like(Generator(settings.latent_dim, data.image_shape, settings.detail), teacher)
     return fill_bank(lambda: synthesize(generator, teacher, data, settings, settings.bank_synthesis_steps),
                      settings.bank_rounds, settings.synthesis_batch_size, data,
                      next(teacher.parameters()).device, run, generator=generator)
@@ -224,53 +281,46 @@ def mixed(images):
 def distill(teacher, student, data, settings, run=None, bank=None):
     """Train `student` in place on images that are made from `teacher`. No real image is used.
 
-    teacher    any classifier; it is not changed. Without BatchNorm only the classes shape its images
+    teacher    any classifier; it is not changed. If it has no BatchNorm, see note 9
     student    any classifier
     data       a DataSpec: image shape, number of classes, normalisation, augmentation
     run        writes log and checkpoints; main() passes one, your own code need not
     bank       what `synthesize_bank` returned; it is made here if it is None
     Random numbers start from settings.seed; the caller's are left as they were. Returns the whole bank,
-    from which nothing is ever removed: pixels (M, C, H, W) uint8 and the classes asked for (M,), -1 for a
-    drawn picture. Raises FloatingPointError if a loss is no longer
-    finite.
+    from which nothing is ever removed: pixels (M, C, H, W) uint8 and the classes asked for (M,). Raises
+    FloatingPointError if a loss is no longer finite.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     bank = bank or synthesize_bank(teacher, data, settings)
     first_pixels, first_labels = (part.to(device) for part in bank)
     torch.manual_seed(settings.seed ^ 2 ** 31)                  # other random numbers than those of the bank
-    if settings.drawn:
-        # other pictures than those on which a run reports how often student and teacher agree
-        with seeded(settings.seed ^ 2 ** 30):
-            drawn = leaves_for(data, settings.drawn).to(device)
-        first_pixels = torch.cat([first_pixels, drawn])
-        first_labels = torch.cat([first_labels, first_labels.new_full((settings.drawn,), -1)])    # no class
     pixels = torch.cat([first_pixels, first_pixels.new_zeros(settings.epochs * n, *data.image_shape)])
     labels = torch.cat([first_labels, first_labels.new_zeros(settings.epochs * n)])
-    optimizer = torch.optim.SGD(student.parameters(), settings.lr_student, 0.9,
-                                weight_decay=settings.weight_decay)
+    optimizer = build_optimizer(student, settings.optimizer, settings.lr_student, settings.weight_decay)
     # This is a new generator. The one that made the bank is not kept with it, because students that are
     # trained much later may use the same bank.
-    generator = place_like(Generator(settings.latent_dim, data.image_shape), teacher)
+    generator = place_like(Generator(settings.latent_dim, data.image_shape, settings.detail), teacher)
     start = run.resume(student=student, optimizer=optimizer, generator=generator, pixels=pixels,
                        labels=labels) if run else 0
 
     @torch.no_grad()
     def answered(rows):
         """-> rows of the bank (N,), the images that both networks see (N, C, H, W), T's logits (N, K)"""
-        images = normalize(augment(pixels[rows] / 255, data), data)
+        images = seen(pixels[rows] / 255, data, settings)
         images = mixed(images) if settings.mixup else images
         return rows, images, teacher(images)
 
     for epoch in range(start, settings.epochs):
-        # -------- (1) G and z: min  w_oh CE(T(x), y) + w_bn L_bn
+        # -------- (1) G and z: min  w_oh CE(T(x), y) + w_bn L_bn + w_contrast L_contrast
         made, targets, losses = synthesize(generator, teacher, data, settings, settings.synthesis_steps)
         end = len(first_labels) + (epoch + 1) * n                            # of what the bank holds by now
         pixels[end - n:end], labels[end - n:end] = to_bytes(made), targets
 
-        # -------- (2) Student: min  τ² KL(T || S)  on mixtures, each answered batch --visits times
+        # -------- (2) Student: min  τ² KL(T || S)  on changed images, each answered batch --visits times
         set_lr(optimizer, cosine(settings.lr_student, epoch, settings.epochs))
         means = Means()
         student.train()
+        # the teacher answers within the loop below, when a batch is needed
         order = revisited(map(answered, batches(end, settings.batch_size, device)), settings.visits,
                           settings.student_steps)
         with frozen(teacher):
@@ -290,7 +340,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
 # The settings that shape the first part of the bank. A bank that was made with other values of these is
 # refused; --bank names another folder.
 OF_BANK = ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps", "keep_generator",
-           "lr_generator", "latent_dim", "oh", "bn")
+           "lr_generator", "latent_dim", "oh", "bn", "contrast", "detail", "warp")
 
 
 @command_line
@@ -298,9 +348,15 @@ def main(argv=None):
     options, settings = parse("plain_inversion", __doc__, Settings, PRESETS, argv,
                               bank="the bank's folder [checkpoints/TEACHER.plain-bank-seedN]")
     data = dataset_spec(options)
-    Generator(1, data.image_shape)                        # refuses an image size before a teacher is trained
+    if options.deterministic and options.device.type == "cuda" and (
+            settings.warp or settings.detail > 1 or any(side % 4 for side in data.image_shape[1:])):
+        raise BadInput("on CUDA, --warp, --detail and sides that are no multiple of 4 have no deterministic "
+                       "gradient; leave --deterministic out")
     teacher, student = load_networks(options, settings, data)
     run = Run(options, settings, teacher, student, data)
+    if settings.contrast and set(data.mean) == {0.5}:
+        run.note("the images are made with the mean and deviation of the DataSpec; if these are not the "
+                 "data's, stop and add --contrast 0 and a --bank of its own")
     folder = options.bank or f"checkpoints/{options.teacher_name}.plain-bank-seed{settings.seed}"
     bank = run.reuse("bank", folder, OF_BANK, lambda stage: synthesize_bank(teacher, data, settings, stage))
     if settings.bn and not batchnorms(teacher, data):
@@ -332,11 +388,12 @@ if __name__ == "__main__":
 #     worse: an adversarial term against the student (75.8 %), batches of 64 images with more steps (76.6
 #     %).
 #  7. target_acc in the log is the share of shown images that the teacher puts into the class asked for. With
-#     mixtures it is low, because on average half of a mixture is another image, and drawn pictures count as
-#     misses.
+#     mixtures it is low, because on average half of a mixture is another image.
 #  8. The preset cifar10 has not been run yet. benchmarks/costs.py counts 32 PFLOP and 1.0 GB for it: half an
 #     hour of a GPU that does 18 TFLOP/s in practice. The teacher's own training is not in it.
-#  9. Drawn pictures (--drawn) show discs and polygons that cover one another. Trials on MNIST with a teacher
-#     without BatchNorm: 10,000 generated images give 94.96 %, 8,000 drawn and 2,100 generated ones 95.74,
-#     8,000 and 10,000 give 96.38. With BatchNorm they harm (half of cifar10-cpu's steps, 70.46 and 61.52 %).
-#     With --drawn, the agreement on drawn pictures is too good, and the run says so where it prints it.
+#  9. Coarse images (--detail, --warp, --contrast). Without them, images for a teacher without BatchNorm look
+#     like woven cloth; with them, like brush strokes. TRIALS
+# 10. The three settings were tried on grey images with a black background alone; --warp moves black in.
+#     --contrast takes the DataSpec at its word. Where mean and deviation are not those of all pixels (0.5 and
+#     0.5 are a habit, and CIFAR-10's usual deviations are too small), use --contrast 0. Each of the three
+#     needs a --bank of its own.

@@ -325,8 +325,8 @@ def inspect_network(name):
     def input_of(layer):
         return f"input of {names[layer]}, (N, {', '.join(map(str, seen[layer].shape[1:]))})"
     norms, (_, height, width) = len(batchnorms(model, data)), data.image_shape
-    made = height % 4 == width % 4 == 0          # what the generators can make; each of them refuses others
-    can = dict(plain_inversion=made, csd=made and height == width, rdskd=made, dafl=made and bool(vectors),
+    made = height % 4 == width % 4 == 0          # what the papers' generators can make; each refuses others
+    can = dict(plain_inversion=True, csd=made and height == width, rdskd=made, dafl=made and bool(vectors),
                cudfkd=made and (min(height, width) < 64 or height % 8 == width % 8 == 0),
                deepinversion=bool(norms))
     makers = [method for method, possible in can.items() if possible]
@@ -339,7 +339,7 @@ def inspect_network(name):
         f"a linear layer    {input_of(vectors[-1]) if vectors else 'none'}",
         f"last feature map  {input_of(last_map) if last_map else 'none'}"
         + ("" if known else f", a guess; if it is right: csd.py --teacher-last-map {names[last_map]}"),
-        f"data-free methods that can use it: {', '.join(makers) or 'none, for images of this size'}"
+        f"data-free methods that can use it: {', '.join(makers)}"
         + ("" if vectors else "; not dafl, which needs a linear layer")
         + ("" if norms else "; not deepinversion, which needs BatchNorm"),
         "with pictures of other things: surrogate_kd" + (
@@ -931,7 +931,7 @@ class Run(Loop):
                         teacher_sha256=self.identity["teacher"])
         self.write(row)
         drawn = f"{_shown(row['agreement_drawn'])} on drawn pictures"
-        if getattr(self.settings, "surrogate", "") == "leaves" or getattr(self.settings, "drawn", 0):
+        if getattr(self.settings, "surrogate", "") == "leaves":
             drawn += ", which are of the kind that it was trained on"
         if self.test:
             print(f"last epoch: student {_shown(last)}, teacher {_shown(self.teacher_acc)} on the test "

@@ -91,7 +91,8 @@ RACES["cifar10-readings"].update({
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })
-RACES.update({name: {row: RACES["mnist"][row] for row in table.WITH_FOREIGN_TEACHERS}
+RACES.update({name: {**{row: RACES["mnist"][row] for row in table.WITH_FOREIGN_TEACHERS},
+                     table.WIDE: "plain_inversion.py --preset mnist-cpu --student lenet5"}
               for name in foreign.RACES})
 STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",
           "surrogate_kd": "pool", "regulated_kd": "significance", "zskd": "pool"}

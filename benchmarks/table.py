@@ -34,15 +34,17 @@ RESULTS, PAGE, FRONT = ROOT / "benchmarks/results", ROOT / "benchmarks/TABLES.md
 MARKERS = re.compile(r"(<!-- ([^:>]+): python benchmarks/table.py[^>]*-->\n).*?(<!-- end -->)", re.S)
 OF_ANY_RUN = {"dataset": None, "device": "cpu", "precision": "fp32"}   # results depend on these, too
 # Settings that are younger than some logs, with what the code did before it had them.
-YOUNG = dict(visits=1, mixup=False, keep_generator=False, teacher_statistics="running", drawn=0)
+YOUNG = dict(visits=1, mixup=False, keep_generator=False, teacher_statistics="running",
+             optimizer="sgd", contrast=0.0, detail=1, warp=0.0)
 # The rows of the race on MNIST that are repeated with the teachers of foreign.py
 WITH_FOREIGN_TEACHERS = ("rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd",
                          "zskd")
+WIDE = "plain-inversion-lenet5"     # one more row, with foreign teachers alone
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
 GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
         "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
                                 raw_head=False, fresh_head_optimizer=False, teacher_last_map="",
-                                student_last_map=""),
+                                student_last_map="", drawn=0),
         "surrogate_kd": dict(deeper_radius=16.0)}
 
 
@@ -272,7 +274,7 @@ def foreign_table(runs):
                 and not of_earlier_preset(run[0]):
             found.setdefault((race, row), []).append(run)
     lines = []
-    for row in WITH_FOREIGN_TEACHERS:
+    for row in (*WITH_FOREIGN_TEACHERS, WIDE):
         cells = {race: found.get((race, row)) for race in ("mnist", *foreign.RACES)}
         there = [mean(run[-1]["student_acc_last"] for run in runs) for runs in cells.values() if runs]
         worst = min(there) if len(there) == len(cells) else None

@@ -110,7 +110,7 @@ def save_untrained(path, arch, data=common.DATASETS["digits"], dataset="digits")
 
 
 def odd_teacher(folder):
-    """The command line of a teacher for 10x10 images, which the generators cannot make."""
+    """The command line of a teacher for 10x10 images, which the papers' generators cannot make."""
     data = common.DataSpec((1, 10, 10), 3, (0.5,), (0.5,))
     return ["--teacher", save_untrained(folder / "odd.pt", "wrn10_1", data, "folder:x"),
             "--student", "wrn10_1", "--dataset", "none", "--preset", "digits"]

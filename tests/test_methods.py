@@ -424,7 +424,8 @@ GPU = pytest.param("after save 1", "--device cuda --deterministic --precision bf
 def test_a_run_killed_again_and_again_ends_like_another(method, moment, flags, teacher_file, monkeypatch):
     """Each session gets one epoch or one round of a stage further and dies; two more die at the very end."""
     if moment == "after save 1":
-        flags += {plain_inversion: " --no-keep-generator", surrogate_kd: " --visits 2"}.get(method, "")
+        flags += {plain_inversion: " --no-keep-generator --detail 2 --warp 1 --contrast 1 --optimizer adam",
+                   surrogate_kd: " --visits 2"}.get(method, "")
     args = [*tiny_args(method, teacher_file, epochs=3), *flags.split(), "--out", "run", "--resume"]
     for folder in ("straight", "killed"):
         (teacher_file.parent / folder).mkdir()

@@ -1,4 +1,6 @@
 """plain_inversion.py: all of distill written anew, from the same draws; what a kept generator keeps."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,11 +10,52 @@ import csd
 import plain_inversion
 from conftest import tiny_args, tiny_networks, tiny_settings
 from helpers import (Log, assert_close, bn_distances, bn_inputs, equal, in_float64, kl, near6,  # noqa: F401
-                     odd_teacher, refused, rows_of, save_untrained, sure, weights_of)
+                     refused, rows_of, save_untrained, sure, weights_of)
+
+
+def bilinear(image, row, column):
+    """The value of an image (C, H, W) between its pixels, where everything outside is black."""
+    value, (height, width) = 0, image.shape[1:]
+    for i in (math.floor(row), math.floor(row) + 1):
+        for j in (math.floor(column), math.floor(column) + 1):
+            if 0 <= i < height and 0 <= j < width:
+                value = value + (1 - abs(row - i)) * (1 - abs(column - j)) * image[:, i, j]
+    return value + torch.zeros(len(image))
+
+
+def warped_anew(pixels, strength):
+    """Pixel by pixel, from the same draws."""
+    amounts, (height, width), result = 2 * torch.rand(6, len(pixels)) - 1, pixels.shape[2:], []
+    for image, amount in zip(pixels, amounts.T):
+        turn, slant, wide, high, right, down = (
+            strength * most * each.item() for most, each in zip((0.35, 0.3, 0.2, 0.2, 0.12, 0.12), amount))
+        rows = []
+        for i in range(height):
+            for j in range(width):
+                x, y = j + 0.5 - width / 2, i + 0.5 - height / 2             # pixels from the middle
+                old_x = (math.cos(turn) * math.exp(wide) * x - math.sin(turn) * math.exp(high) * y
+                         + slant * y + right * width / 2)
+                old_y = (math.sin(turn) * math.exp(wide) * x + math.cos(turn) * math.exp(high) * y
+                         + down * height / 2)
+                rows.append(bilinear(image, old_y + height / 2 - 0.5, old_x + width / 2 - 0.5))
+        result.append(torch.stack(rows, 1).unflatten(1, (height, width)))
+    return torch.stack(result)
+
+
+def test_warped_images_are_turned_slanted_stretched_and_moved(in_float64):
+    pixels = torch.rand(5, 2, 8, 12)
+    torch.manual_seed(3)
+    found = plain_inversion.warped(pixels, 1.5)
+    torch.manual_seed(3)
+    near6(found, warped_anew(pixels, 1.5))
+    assert plain_inversion.warped(pixels, 0.0) is pixels
+    white = plain_inversion.warped(torch.ones(50, 1, 16, 16), 1.0)
+    assert 0.6 < white.mean() < 1 and white.max() <= 1 + 1e-6              # black comes in at the borders
 
 
 @pytest.mark.parametrize("changes", [{}, dict(mixup=False, visits=1, seed=1),
-                                     dict(keep_generator=False, seed=2)], ids=str)
+                                     dict(keep_generator=False, seed=2),
+                                     dict(detail=2, warp=1.0, contrast=0.7, optimizer="adam", seed=3)], ids=str)
 def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     """The same images in the bank, of both stages, and the same student."""
     settings = tiny_settings(plain_inversion, oh=1.2, synthesis_steps=5, bank_synthesis_steps=4,
@@ -21,17 +64,33 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     found = plain_inversion.distill(sure(teacher), student, data, settings, log)
     of_teacher = bn_inputs(teacher.eval())
 
+    coarse = [side // settings.detail for side in data.image_shape[1:]]
+    assert not any(side % 4 for side in coarse)
+
     def fresh():                                               # in the order in which weights are drawn anew
-        return csd.reinitialize(csd.Generator(6, data.image_shape)).to(memory_format=torch.channels_last)
+        generator = csd.reinitialize(csd.Generator(6, (data.image_shape[0], *coarse)))
+        return generator.to(memory_format=torch.channels_last)
+
+    def seen(x):
+        x = common.augment(x, data)
+        return common.normalize(warped_anew(x, settings.warp) if settings.warp else x, data)
+
+    def contrast(x):
+        x = common.normalize(x, data).transpose(0, 1).flatten(1)
+        return ((x.var(1, unbiased=False) - 1) ** 2).sum().sqrt() + (x.mean(1) ** 2).sum().sqrt()
 
     def made(generator, steps):
         csd.reinitialize(generator.layers[0] if settings.keep_generator else generator)
         z, y, tried = torch.randn(10, 6).requires_grad_(), torch.randint(10, (10,)).sort().values, []
         adam = torch.optim.Adam([*generator.parameters(), z], settings.lr_generator, (0.5, 0.999))
         for _ in range(steps):
-            x = generator(z)
-            t = teacher(common.normalize(common.augment(x, data), data))
-            loss = 1.2 * F.cross_entropy(t, y) + settings.bn * sum(bn_distances(of_teacher))
+            x = generator.layers[:-1](z)
+            if settings.detail > 1:
+                x = F.interpolate(x, scale_factor=settings.detail, mode="bicubic")
+            x = x.sigmoid()
+            t = teacher(seen(x))
+            loss = (1.2 * F.cross_entropy(t, y) + settings.bn * sum(bn_distances(of_teacher))
+                    + settings.contrast * contrast(x))
             tried.append((loss.item(), x.detach().clone()))
             adam.zero_grad(), loss.backward(), adam.step()
         return min(tried, key=lambda each: each[0])[1], y
@@ -39,15 +98,17 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
         generator = fresh()
         batches = [made(generator, 4) for _ in range(2)]
     with common.seeded(settings.seed ^ 2 ** 31):
-        generator, sgd = fresh(), torch.optim.SGD(other.parameters(), 1, 0.9, weight_decay=1e-4)
+        generator, optimizer = fresh(), torch.optim.SGD(other.parameters(), 1, 0.9, weight_decay=1e-4)
+        if settings.optimizer == "adam":
+            optimizer = torch.optim.AdamW(other.parameters(), 1, weight_decay=1e-4)
         for epoch, rate in enumerate((0.02, 0.01)):            # half a cosine
             batches.append(made(generator, 5))
             near6(log.shown[epoch][0], batches[-1][0])
             pixels = torch.cat([(255 * x).floor().to(torch.uint8) for x, _ in batches])
-            sgd.param_groups[0]["lr"], asked = rate, []
+            optimizer.param_groups[0]["lr"], asked = rate, []
             for rows in torch.randperm(len(pixels)).split(8)[:3]:
                 if len(asked) * settings.visits < 3:
-                    images = common.normalize(common.augment(pixels[rows] / 255, data), data)
+                    images = seen(pixels[rows] / 255)
                     if settings.mixup:
                         part = torch.rand(8)[:, None, None, None]
                         images = (1 - part) * images + part * images[torch.randperm(8)]
@@ -56,7 +117,7 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
                 else:                                          # with two visits, the third step
                     images, t = asked[torch.randperm(2)[0]]
                 loss = kl(other.train()(images), t, settings.temperature).mean()
-                sgd.zero_grad(), loss.backward(), sgd.step()
+                optimizer.zero_grad(), loss.backward(), optimizer.step()
     assert torch.equal(found[0], pixels) and torch.equal(found[1], torch.cat([y for _, y in batches]))
     assert_close(student, other)
 
@@ -73,7 +134,28 @@ def test_the_losses_and_the_generator_are_csds():
     one = csd.reinitialize(csd.Generator(6, (3, 8, 8)))
     torch.manual_seed(0)
     assert equal(weights_of(one), weights_of(plain_inversion.Generator(6, (3, 8, 8))))
-    plain_inversion.Generator(6, (1, 8, 12))                   # nothing here turns images
+
+
+def test_images_of_any_size_and_coarse_ones():
+    """The generator makes them smaller or larger than it needs and resizes them."""
+    z = torch.randn(7, 6)
+    for shape, detail, rows in (((1, 10, 10), 1, 12), ((3, 28, 20), 2, 16), ((1, 30, 30), 4, 8),
+                                ((1, 8, 8), 1, 8)):
+        generator = plain_inversion.Generator(6, shape, detail)
+        assert generator(z).shape == (7, *shape) and generator.layers(z).shape[2] == rows
+    # the coarser, the smoother: neighbouring pixels are more alike
+    torch.manual_seed(0)
+    rough, smooth = (torch.logit(plain_inversion.Generator(6, (1, 32, 32), detail)(z)) for detail in (1, 4))
+    step_rough, step_smooth = ((x.diff(dim=3).std() / x.std()).item() for x in (rough, smooth))
+    assert step_smooth < 0.4 * step_rough
+
+
+def test_contrast_loss_is_the_distance_from_mean_0_and_variance_1():
+    images = torch.randn(400, 2, 16, 16)
+    assert plain_inversion.contrast_loss(images) < 0.02
+    moved = images + torch.tensor([3.0, 4.0])[:, None, None]
+    assert plain_inversion.contrast_loss(moved) == pytest.approx(5, abs=0.03)
+    assert plain_inversion.contrast_loss(2 * images) == pytest.approx(3 * 2 ** 0.5, abs=0.1)
 
 
 def test_a_kept_generator_goes_on_but_for_its_first_layer(monkeypatch):
@@ -105,18 +187,32 @@ def test_a_teacher_without_batchnorm_is_taken_and_the_log_says_so(teacher_file, 
     rows = rows_of("out")
     said = " ".join(row.get("text", "") for row in rows)
     assert rows[-2]["loss_bn"] == 0 and "the BatchNorm term is off" in said
-    assert "10x10" in refused(plain_inversion, odd_teacher(in_tmp), capsys)
 
 
-def test_drawn_pictures_join_the_bank_without_a_class(in_tmp):
-    teacher, student, data = tiny_networks()
-    settings = tiny_settings(plain_inversion, drawn=5)
-    bank = plain_inversion.synthesize_bank(teacher, data, settings)
-    pixels, labels = plain_inversion.distill(teacher, student, data, settings, bank=bank)
-    first, made = len(bank[0]), settings.epochs * settings.synthesis_batch_size
-    assert len(pixels) == len(labels) == first + 5 + made
-    assert torch.equal(pixels[:first], bank[0]) and labels[first:first + 5].tolist() == 5 * [-1]
-    with common.seeded(settings.seed ^ 2 ** 30):
-        assert torch.equal(pixels[first:first + 5], common.leaves_for(data, 5))
-    of_score = common.drawn_pictures(data, 5).pixels           # a run is not scored on what it learned from
-    assert not torch.equal(pixels[first:first + 5], of_score)
+def test_a_mean_that_may_be_a_placeholder_is_named(in_tmp, capsys):
+    for mean, contrast, told in ((0.5, 1, True), (0.5, 0, False), (0.3, 1, False)):
+        data = common.DataSpec((1, 8, 8), 10, (mean,), (0.5,))
+        argv = tiny_args(plain_inversion, save_untrained(in_tmp / "grey.pt", "wrn10_1", data, "digits"))
+        plain_inversion.main([*argv, "--contrast", str(contrast), "--bank", f"bank-{mean}-{contrast}",
+                              "--out", f"{mean}-{contrast}"])
+        assert ("add --contrast 0 and a --bank" in capsys.readouterr().out) == told
+
+
+def test_deterministic_is_refused_on_cuda_where_a_gradient_is_not(teacher_file, in_tmp, monkeypatch, capsys):
+    """Bicubic resizing and warping have no deterministic gradient there."""
+    parse = plain_inversion.parse
+
+    def on_cuda(*args, **own):
+        options, settings = parse(*args, **own)
+        options.device = torch.device("cuda")
+        return options, settings
+
+    def reached(*_):
+        raise common.BadInput("the networks are reached")
+    monkeypatch.setattr(plain_inversion, "parse", on_cuda)
+    monkeypatch.setattr(plain_inversion, "load_networks", reached)
+    for flags, message in (("--deterministic --warp 1", "leave --deterministic out"),
+                           ("--deterministic --detail 2", "leave --deterministic out"),
+                           ("--detail 2", "reached"), ("--deterministic", "reached")):
+        argv = [*tiny_args(plain_inversion, teacher_file), *flags.split()]
+        assert message in refused(plain_inversion, argv, capsys)
