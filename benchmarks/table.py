@@ -239,7 +239,8 @@ def race_tables(groups, measurements):
         if arguments["dataset"].endswith("-val"):
             on_cpu = [run for run in runs if run[0]["arguments"]["device"] == "cpu"]
             trials.setdefault(f"trials on {arguments['dataset']}", []).append({
-                **line, "of the validation images": f"**{of_end(runs)}**",
+                **line, "teacher": Path(arguments["teacher"]).stem,
+                "of the validation images": f"**{of_end(runs)}**",
                 "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU": seconds(on_cpu),
                 **origin(runs)})
             continue

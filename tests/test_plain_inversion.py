@@ -55,7 +55,8 @@ def test_warped_images_are_turned_slanted_stretched_and_moved(in_float64):
 
 @pytest.mark.parametrize("changes", [{}, dict(mixup=False, visits=1, seed=1),
                                      dict(keep_generator=False, seed=2),
-                                     dict(detail=2, warp=1.0, contrast=0.7, optimizer="adam", seed=3)], ids=str)
+                                     dict(detail=2, warp=1.0, contrast=0.7, optimizer="adam", seed=3)],
+                         ids=str)
 def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     """The same images in the bank, of both stages, and the same student."""
     settings = tiny_settings(plain_inversion, oh=1.2, synthesis_steps=5, bank_synthesis_steps=4,
