@@ -139,7 +139,8 @@ def contrast_loss(images):
 
     Normalised images (N, C, H, W) -> a scalar, at least 0. It is `bn_loss` for the input. Real images have
     mean 0 and variance 1 if DataSpec holds mean and deviation of all their pixels. Often it does not: with
-    CIFAR-10's usual numbers, real images have variances of 1.5 to 1.7.
+    CIFAR-10's usual numbers, real images have variances of 1.5 to 1.7. A mean of 0, for a network that
+    normalises by itself, says nothing at all, and `synthesize` leaves the term out.
     """
     mean, var = images.mean((0, 2, 3)), images.var((0, 2, 3), unbiased=False)             # (C,)
     return torch.linalg.vector_norm(var - 1) + torch.linalg.vector_norm(mean)
@@ -232,6 +233,7 @@ def synthesize(generator, teacher, data, settings, total_steps):
     best_loss = torch.tensor(math.inf, device=device)
     layers = batchnorms(teacher, data) if settings.bn else []
     running = [(layer.running_mean, layer.running_var) for layer in layers]
+    contrast = settings.contrast if any(data.mean) else 0.0      # mean 0 says nothing of the data
     means = Means()
     # frozen: eval mode, and gradients pass through the teacher but not into its weights
     with frozen(teacher), recorded_statistics(layers) as statistics:
@@ -241,8 +243,8 @@ def synthesize(generator, teacher, data, settings, total_steps):
             loss_oh = one_hot_loss(teacher_logits, targets)
             loss_bn = bn_loss([statistics[layer] for layer in layers], running)          # 0 without layers
             # of the images before `seen` changes them, because it is these that shall be like real ones
-            loss_contrast = contrast_loss(normalize(pixels, data)) if settings.contrast else 0
-            loss = settings.oh * loss_oh + settings.bn * loss_bn + settings.contrast * loss_contrast
+            loss_contrast = contrast_loss(normalize(pixels, data)) if contrast else 0
+            loss = settings.oh * loss_oh + settings.bn * loss_bn + contrast * loss_contrast
             # keep a copy of the best pixels, from before the update below
             better = loss.detach() < best_loss
             best_pixels = torch.where(better, pixels.detach(), best_pixels)
@@ -354,6 +356,8 @@ def main(argv=None):
                        "gradient; leave --deterministic out")
     teacher, student = load_networks(options, settings, data)
     run = Run(options, settings, teacher, student, data)
+    if settings.contrast and not any(data.mean):
+        run.note("the contrast term is off: with mean 0 the DataSpec does not say how bright the data is")
     if settings.contrast and set(data.mean) == {0.5}:
         run.note("the images are made with the mean and deviation of the DataSpec; if these are not the "
                  "data's, stop and add --contrast 0 and a --bank of its own")

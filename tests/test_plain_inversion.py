@@ -190,6 +190,15 @@ def test_a_teacher_without_batchnorm_is_taken_and_the_log_says_so(teacher_file, 
     assert rows[-2]["loss_bn"] == 0 and "the BatchNorm term is off" in said
 
 
+def test_a_mean_of_0_turns_the_contrast_off(in_tmp, capsys):
+    """That is what the front page advises for a network that normalises by itself."""
+    data = common.DataSpec((1, 8, 8), 10, (0.0,), (1.0,))
+    argv = tiny_args(plain_inversion, save_untrained(in_tmp / "own.pt", "wrn10_1", data, "digits"))
+    plain_inversion.main([*argv, "--contrast", "1", "--out", "out"])
+    assert "the contrast term is off" in capsys.readouterr().out
+    assert all(row["loss_contrast"] == 0 for row in rows_of("out") if row["event"] == "epoch")
+
+
 def test_a_mean_that_may_be_a_placeholder_is_named(in_tmp, capsys):
     for mean, contrast, told in ((0.5, 1, True), (0.5, 0, False), (0.3, 1, False)):
         data = common.DataSpec((1, 8, 8), 10, (mean,), (0.5,))
