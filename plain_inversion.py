@@ -395,8 +395,10 @@ if __name__ == "__main__":
 #     mixtures it is low, because on average half of a mixture is another image.
 #  8. The preset cifar10 has not been run yet. benchmarks/costs.py counts 32 PFLOP and 1.0 GB for it: half an
 #     hour of a GPU that does 18 TFLOP/s in practice. The teacher's own training is not in it.
-#  9. Coarse images (--detail, --warp, --contrast). Without them, images for a teacher without BatchNorm look
-#     like woven cloth; with them, like brush strokes. TRIALS
+#  9. Coarse images (--detail, --warp, --contrast) are for teachers without BatchNorm, whose images look like
+#     woven cloth otherwise. Trials on MNIST: with a CNN (teacher 99.14 %), 94.96 became 97.82 %, but the
+#     student's optimizer and mixtures had changed as well. A vision transformer (97.20) gave 91.76 %, and a
+#     LeNet-5 with BatchNorm (99.04) 97.94.
 # 10. The three settings were tried on grey images with a black background alone; --warp moves black in.
 #     --contrast takes the DataSpec at its word. Where mean and deviation are not those of all pixels (0.5 and
 #     0.5 are a habit, and CIFAR-10's usual deviations are too small), use --contrast 0. Each of the three
