@@ -140,7 +140,10 @@ def samples(run):
 
 
 def side_by_side(runs, each=4):
-    """-> a PIL picture: the first `each` images of a class of each run, its method's name above."""
+    """-> a PIL picture: the first `each` images of a class of each run, its method's name above.
+
+    Where all runs are of one method, the teachers' names are above.
+    """
     from PIL import Image, ImageDraw
     logs = [read_log(run) for run in runs]
     sheets = [samples(run) for run in runs]
@@ -151,10 +154,13 @@ def side_by_side(runs, each=4):
     block = (width - labels - 2) // 8 * each + 2
     picture = Image.new("RGB", (labels + len(sheets) * (block + 8) - 8, height + top), "white")
     picture.paste(sheets[0].crop((0, 0, labels, height)), (0, top))
-    for place, (sheet, rows) in enumerate(zip(sheets, logs)):
+    names = [rows[0]["method"] for rows in logs]
+    if len({*names}) == 1:
+        names = [Path(rows[0]["arguments"]["teacher"]).stem for rows in logs]
+    for place, (sheet, name) in enumerate(zip(sheets, names)):
         left = labels + place * (block + 8)
         picture.paste(sheet.crop((labels, 0, labels + block, height)), (left, top))
-        ImageDraw.Draw(picture).text((left + 2, 3), rows[0]["method"], fill="black")
+        ImageDraw.Draw(picture).text((left + 2, 3), name, fill="black")
     return picture
 
 
