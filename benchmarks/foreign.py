@@ -100,6 +100,20 @@ def group_norm():
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
+def group_norm_colour():
+    """A residual network with GroupNorm, for 32x32 colour images: 538,154 weights."""
+    def convolution(width_in, width_out, stride):
+        return [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.GroupNorm(8, width_out)]
+
+    def block(width):
+        return [Residual(*convolution(width, width, 1), nn.ReLU(), *convolution(width, width, 1)), nn.ReLU()]
+    return nn.Sequential(
+        *convolution(3, 32, 1), nn.ReLU(),                                   # (N, 32, 32, 32)
+        *convolution(32, 64, 2), nn.ReLU(), *block(64), *block(64),          # (N, 64, 16, 16)
+        *convolution(64, 128, 2), nn.ReLU(), *block(128),                    # (N, 128, 8, 8)
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
 class MixTokens(nn.Module):
     """Layer norm, then two linear layers over the patches, the same for every channel."""
     def __init__(self, patches, width, hidden):
