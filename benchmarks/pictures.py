@@ -4,6 +4,7 @@
     python benchmarks/pictures.py regulation RUN_FOLDER --out picture.png
     python benchmarks/pictures.py side-by-side RUN_FOLDER RUN_FOLDER ... --out picture.png
     python benchmarks/pictures.py race benchmarks/results/race-mnist.jsonl --out picture.png
+    python benchmarks/pictures.py score --out picture.png
 
     curriculum     a run of cudfkd.py: how difficult its images were, what they weighed, and what moves both.
                    It also takes a log file; of one with several runs, it draws the first.
@@ -14,6 +15,8 @@
     race           the log of a race: the student's accuracy on the test images after so many questions to
                    the teacher, a line for each of the rows that LINES names below. A run that asks the
                    teacher nothing is left out, and so is one whose preset has become another.
+    score          all logs of benchmarks/results: each student's accuracy on the test images against its
+                   agreement with the teacher on drawn pictures, which needs no test data.
 """
 import functools
 import itertools
@@ -248,14 +251,46 @@ def race(log):
     return figure
 
 
+def score():
+    """-> a matplotlib Figure: accuracy against agreement on drawn pictures, students of one teacher together.
+
+    Teachers with ten students or more have a panel each. The others share the last panel, a colour each.
+    Students that learned from drawn pictures are circles.
+    """
+    from matplotlib.figure import Figure
+    runs, measurements = table.read()
+    names = {run[0]["teacher_sha256"]: Path(run[0]["arguments"]["teacher"].rpartition(":")[2]).stem
+             for run in runs if "teacher_sha256" in run[0]}
+    teachers = {f"{dataset}, {names.get(digest, digest[:6]).rpartition('-val_')[2]}": [*students.values()]
+                for (dataset, digest), students in table.drawn_students(runs, measurements).items()}
+    panels = [[name] for name, students in teachers.items() if len(students) >= 10]
+    panels.append([name for name, students in teachers.items() if len(students) < 10])
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels):
+        for color, name in enumerate(panel):
+            for computed, accuracy, drawn in teachers[name]:
+                axes.plot(100 * drawn, 100 * accuracy, "o", color=f"C{color}",
+                          markerfacecolor="none" if computed else None)
+            axes.plot([], [], "o", color=f"C{color}", label=name)
+        axes.set(xlabel="agreement on drawn pictures, %", ylabel="accuracy on the test images, %")
+        axes.legend(fontsize=7, loc="lower right" if len(panel) == 1 else "lower left")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 @command_line
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["curriculum", "regulation", "side-by-side", "race"])
-    parser.add_argument("runs", nargs="+", help="run folders, one except for side-by-side; or a race's log")
+    parser.add_argument("kind", choices=["curriculum", "regulation", "side-by-side", "race", "score"])
+    parser.add_argument("runs", nargs="*", help="run folders, one except for side-by-side; or a race's log")
     parser.add_argument("--out", required=True, help="file to draw, as picture.png")
     options = parser.parse_args(argv)
-    if options.kind == "side-by-side":
+    if options.kind == "score":
+        save = functools.partial(score().savefig, dpi=110)
+    elif not options.runs:
+        raise BadInput(f"{options.kind} needs a run to draw")
+    elif options.kind == "side-by-side":
         save = side_by_side(options.runs).save
     elif len(options.runs) > 1:
         raise BadInput(f"{options.kind} draws one run, not {len(options.runs)}")

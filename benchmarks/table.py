@@ -293,9 +293,9 @@ def foreign_table(runs):
             "-" if value is None else f"{100 * value:.2f}" for value in best.values())], strict=True))
 
 
-def drawn_table(runs, measurements):
-    """How well the agreement on drawn pictures tells which of two students of one teacher is better."""
-    teachers = {}        # {(data set, teacher): {run: (it learned from such pictures?, accuracy, agreement)}}
+def drawn_students(runs, measurements):
+    """-> {(data set, teacher's digest): {run: (it learned from drawn pictures?, accuracy, agreement)}}"""
+    teachers = {}
 
     def add(row, arguments, accuracy, agreement):
         computed = arguments.get("drawn", 0) > 0 or (
@@ -310,7 +310,12 @@ def drawn_table(runs, measurements):
     for start, *_, end in (run for run in runs if len(run) > 1):
         if end.get("agreement_drawn") is not None and end.get("student_acc_last") is not None:
             add(start, start["arguments"], end["student_acc_last"], end["agreement_drawn"])
-    for (dataset, digest), students in teachers.items():
+    return teachers
+
+
+def drawn_table(runs, measurements):
+    """How well the agreement on drawn pictures tells which of two students of one teacher is better."""
+    for (dataset, digest), students in drawn_students(runs, measurements).items():
         for title, kept in (("all students", [*students.values()]),
                             ("not of drawn pictures", [one for one in students.values() if not one[0]])):
             pairs = [(one[1] - other[1], one[2] - other[2]) for one, other in itertools.combinations(kept, 2)]

@@ -255,7 +255,7 @@ def test_pictures_of_finished_runs(teacher_file, in_tmp, capsys, monkeypatch):
     assert len(pictures.regulation("plain").axes[0].lines) == 1
     for command, said in (("curriculum regulated_kd", "no run of cudfkd"), ("regulation cudfkd", "not of"),
                           ("curriculum nowhere", "not a runs log"), ("regulation a b", "draws one run"),
-                          ("race cudfkd", "no races")):
+                          ("race cudfkd", "no races"), ("curriculum", "needs a run")):
         assert said in refused(pictures, [*command.split(), "--out", "no.png"], capsys)
 
 
@@ -290,6 +290,34 @@ def test_no_name_in_a_races_figure_is_cut_off_or_covers_another(name, in_tmp):
     assert all(one.y1 <= other.y0 + 1 for one, other in zip(boxes, boxes[1:]))
     assert len(texts) == len(pictures.LINES[name]) == 8
     assert {text.get_text() for text in texts} == {*pictures.LINES[name].values()}
+
+
+def test_the_figure_of_the_score_has_every_student_and_circles_for_drawn_pictures():
+    teachers = table.drawn_students(*table.read())
+    axes = pictures.score().axes
+    points = [line for panel in axes for line in panel.lines if len(line.get_xdata())]
+    students = [student for group in teachers.values() for student in group.values()]
+    assert sorted((line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() == "none")
+                  for line in points) == sorted((100 * drawn, 100 * accuracy, computed)
+                                                for computed, accuracy, drawn in students)
+    many = [group for group in teachers.values() if len(group) >= 10]
+    assert len(axes) == len(many) + 1 and any(computed for computed, *_ in students)
+    names = [text.get_text() for panel in axes for text in panel.get_legend().texts]
+    assert len({*names}) == len(names) == len(teachers) and "mnist, lenet5" in names
+
+
+def test_side_by_side_names_methods_or_the_teachers_of_one_method(teacher_file, in_tmp, monkeypatch):
+    from PIL import ImageDraw
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, at, text, **more: drawn.append(text))
+    (in_tmp / "other.pt").write_bytes(Path(teacher_file).read_bytes())
+    for method, teacher, out in ((dafl, teacher_file, "a"), (dafl, "other.pt", "b"),
+                                 (rdskd, teacher_file, "c")):
+        method.main([*tiny_args(method, teacher), "--out", out])
+    drawn.clear(), pictures.side_by_side(["a", "c"])
+    assert drawn == ["dafl", "rdskd"]
+    drawn.clear(), pictures.side_by_side(["a", "b"])
+    assert drawn == [Path(teacher_file).stem, "other"]
 
 
 def test_numbers_are_moved_apart_as_little_as_needed():
