@@ -327,12 +327,15 @@ def distill(teacher, student, data, settings, run=None, bank=None):
                           settings.student_steps)
         with frozen(teacher):
             for rows, images, teacher_logits in steps(settings.student_steps, "distillation", order):
-                loss_kd = kd_loss(student(images), teacher_logits, settings.temperature)
+                student_logits = student(images)                             # (N, K)
+                loss_kd = kd_loss(student_logits, teacher_logits, settings.temperature)
                 optimizer.zero_grad()
                 loss_kd.backward()
                 optimizer.step()
-                hits = teacher_logits.argmax(1) == labels[rows]
-                means.add(loss_kd=loss_kd, target_acc=hits.float().mean())
+                hits = teacher_logits.argmax(1) == labels[rows]              # (N,)
+                agreed = student_logits.argmax(1) == teacher_logits.argmax(1)             # (N,)
+                means.add(loss_kd=loss_kd, target_acc=hits.float().mean(),
+                          agreement_made=agreed.float().mean())
         losses |= means.take()                                               # raises if one is not finite
         if run:                                                              # the new batch, for the picture
             run.log(epoch, losses, made, targets)

@@ -304,11 +304,13 @@ def distill(teacher, student, data, settings, run=None, generator=None):
                 with torch.no_grad():
                     images = row_major(generator(z))                                  # (N, C, H, W)
                     teacher_logits = teacher(images)                         # (N, K)
-                loss_kd = kd_loss(student(images), teacher_logits, settings.temperature)
+                student_logits = student(images)                             # (N, K)
+                loss_kd = kd_loss(student_logits, teacher_logits, settings.temperature)
                 optimizer.zero_grad()
                 loss_kd.backward()
                 optimizer.step()
-                means.add(loss_kd=loss_kd)
+                agreed = student_logits.argmax(1) == teacher_logits.argmax(1)             # (N,)
+                means.add(loss_kd=loss_kd, agreement_made=agreed.float().mean())
         losses = means.take()                                                # raises if one is not finite
         if run:                                                  # samples.png shows the epoch's last batch
             run.log(epoch, losses, denormalize(images, data), teacher_logits.argmax(1))

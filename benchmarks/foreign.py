@@ -23,6 +23,15 @@ RACES = {       # {race of race.py: (data set, network)}
     "mnist-mixer": ("mnist-val", "benchmarks.foreign:mixer"),
 }
 
+# Students of the same structure as their teacher, where the races have a LeNet-5: {race: network}. They have
+# half of the channels; there is no narrower WRN, so that student is as large as its teacher.
+OWN_KIND = {
+    "mnist-digit-recognizer": "benchmarks.foreign:digit_recognizer_half",
+    "mnist-wrn": "wrn10_1",
+    "mnist-group-norm": "benchmarks.foreign:group_norm_half",
+    "mnist-mixer": "benchmarks.foreign:mixer_half",
+}
+
 
 def digit_recognizer():
     """The CNN of the package digit-recognizer-py 0.1.0, trained by its author on MNIST of 28x28 pixels.
@@ -42,15 +51,30 @@ def digit_recognizer():
     return network, DATASETS["mnist28"]
 
 
+def digit_recognizer_half():
+    """The same structure with half of the channels, untrained: 98,442 weights."""
+    return nn.Sequential(*plain_cnn(16, 32, 64, places=9, hidden=128))
+
+
+def plain_cnn(*widths, places, hidden):
+    """Layers for grey images: convolutions that halve the sides, down to `places` pixels, and two linear ones."""
+    layers = []
+    for width_in, width_out in zip((1, *widths), widths):
+        layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return [*layers, nn.Flatten(), nn.Linear(places * widths[-1], hidden), nn.ReLU(), nn.Linear(hidden, 10)]
+
+
 def for_trials():
     """A plain CNN for 32x32 grey images, with which settings may be tried: not a foreign teacher.
 
     Three convolutions, no norm, 170,858 weights. A factor of 1/3 lets the usual recipe train it.
     """
-    layers = []
-    for width_in, width_out in ((1, 24), (24, 48), (48, 64)):
-        layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10), Third())
+    return nn.Sequential(*plain_cnn(24, 48, 64, places=16, hidden=128), Third())
+
+
+def for_trials_half():
+    """The same structure with half of the channels: 43,162 weights."""
+    return nn.Sequential(*plain_cnn(12, 24, 32, places=16, hidden=64), Third())
 
 
 def attention_for_trials():
@@ -88,29 +112,33 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def group_norm():
+def normed(width_in, width_out, stride):
+    return [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.GroupNorm(8, width_out)]
+
+
+def group_norm(width=64):
     """A small residual network with GroupNorm, for 32x32 grey images: 130,538 weights."""
-    def convolution(width_in, width_out, stride):
-        return [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.GroupNorm(8, width_out)]
     return nn.Sequential(
-        *convolution(1, 32, 2), nn.ReLU(),                                   # (N, 32, 16, 16)
-        *convolution(32, 64, 2), nn.ReLU(),                                  # (N, 64, 8, 8)
-        Residual(*convolution(64, 64, 1), nn.ReLU(), *convolution(64, 64, 1)), nn.ReLU(),
-        Residual(*convolution(64, 64, 1), nn.ReLU()),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+        *normed(1, width // 2, 2), nn.ReLU(),                                # (N, 32, 16, 16)
+        *normed(width // 2, width, 2), nn.ReLU(),                            # (N, 64, 8, 8)
+        Residual(*normed(width, width, 1), nn.ReLU(), *normed(width, width, 1)), nn.ReLU(),
+        Residual(*normed(width, width, 1), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def group_norm_half():
+    """The same structure with half of the channels: 33,018 weights."""
+    return group_norm(32)
 
 
 def group_norm_colour():
     """A residual network with GroupNorm, for 32x32 colour images: 538,154 weights."""
-    def convolution(width_in, width_out, stride):
-        return [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.GroupNorm(8, width_out)]
-
     def block(width):
-        return [Residual(*convolution(width, width, 1), nn.ReLU(), *convolution(width, width, 1)), nn.ReLU()]
+        return [Residual(*normed(width, width, 1), nn.ReLU(), *normed(width, width, 1)), nn.ReLU()]
     return nn.Sequential(
-        *convolution(3, 32, 1), nn.ReLU(),                                   # (N, 32, 32, 32)
-        *convolution(32, 64, 2), nn.ReLU(), *block(64), *block(64),          # (N, 64, 16, 16)
-        *convolution(64, 128, 2), nn.ReLU(), *block(128),                    # (N, 128, 8, 8)
+        *normed(3, 32, 1), nn.ReLU(),                                        # (N, 32, 32, 32)
+        *normed(32, 64, 2), nn.ReLU(), *block(64), *block(64),               # (N, 64, 16, 16)
+        *normed(64, 128, 2), nn.ReLU(), *block(128),                         # (N, 128, 8, 8)
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
@@ -125,18 +153,23 @@ class MixTokens(nn.Module):
         return self.mix(self.norm(x).transpose(1, 2)).transpose(1, 2)
 
 
-def mixer():
+def mixer(width=64):
     """A small MLP-Mixer for 32x32 grey images: patches of 4x4, no convolution over pixels, LayerNorm.
 
     77,322 weights. Structure of arXiv 2105.01601.
     """
-    patches, width = 64, 64
+    patches = 64
     blocks = [block for _ in range(3) for block in (
-        Residual(MixTokens(patches, width, 64)),
-        Residual(nn.LayerNorm(width), nn.Linear(width, 128), nn.GELU(), nn.Linear(128, width)))]
+        Residual(MixTokens(patches, width, width)),
+        Residual(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)))]
     return nn.Sequential(
         nn.Conv2d(1, width, 4, 4), nn.Flatten(2), Transpose(), *blocks,      # (N, patches, width)
         nn.LayerNorm(width), Transpose(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def mixer_half():
+    """The same structure with half of the width: 26,474 weights."""
+    return mixer(32)
 
 
 class Transpose(nn.Module):

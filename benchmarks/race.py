@@ -92,7 +92,9 @@ RACES["cifar10-readings"].update({
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
 })
 RACES.update({name: {**{row: RACES["mnist"][row] for row in table.WITH_FOREIGN_TEACHERS},
-                     table.WIDE: "plain_inversion.py --preset mnist-cpu --student lenet5"}
+                     table.WIDE: "plain_inversion.py --preset mnist-cpu --student lenet5",
+                     **{row: f"{RACES['mnist'][usual]} --student {foreign.OWN_KIND[name]}"
+                        for row, usual in table.OWN_KIND.items()}}
               for name in foreign.RACES})
 STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",
           "surrogate_kd": "pool", "regulated_kd": "significance", "zskd": "pool"}

@@ -40,6 +40,8 @@ YOUNG = dict(visits=1, mixup=False, keep_generator=False, teacher_statistics="ru
 WITH_FOREIGN_TEACHERS = ("rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd",
                          "zskd")
 WIDE = "plain-inversion-lenet5"     # one more row, with foreign teachers alone
+# and rows whose students have their teacher's structure, as lenet5_half has LeNet-5's: {row: the usual row}
+OWN_KIND = {f"{row}-own-kind": row for row in ("plain-inversion", "rdskd", "surrogate-leaves")}
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
 GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
         "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
@@ -275,8 +277,10 @@ def foreign_table(runs):
                 and not of_earlier_preset(run[0]):
             found.setdefault((race, row), []).append(run)
     lines = []
-    for row in (*WITH_FOREIGN_TEACHERS, WIDE):
+    for row in (*WITH_FOREIGN_TEACHERS, WIDE, *OWN_KIND):
         cells = {race: found.get((race, row)) for race in ("mnist", *foreign.RACES)}
+        if row in OWN_KIND and any(cells.values()):
+            cells["mnist"] = found.get(("mnist", OWN_KIND[row]))
         there = [mean(run[-1]["student_acc_last"] for run in runs) for runs in cells.values() if runs]
         worst = min(there) if len(there) == len(cells) else None
         if there:

@@ -225,7 +225,7 @@ def test_rdskd_phase_1_equals_the_algorithm_written_anew(changes, in_float64):
 def test_rdskd_phase_2_equals_the_algorithm_written_anew_and_leaves_the_generator_alone(in_float64):
     """In eval mode, on latents that phase 1 did not have."""
     (teacher, student, data), (_, other, _), (_, third, _) = (tiny_networks() for _ in range(3))
-    settings, log, seen = tiny_settings(rdskd, lr_student=0.02), Log(), []
+    settings, log, seen, agreed = tiny_settings(rdskd, lr_student=0.02), Log(), [], []
     generator = rdskd.train_generator(sure(teacher), data, settings)
     generator.zero_grad()
     handle = generator.register_forward_pre_hook(lambda generator, z: seen.append((z[0], generator.training)))
@@ -238,9 +238,12 @@ def test_rdskd_phase_2_equals_the_algorithm_written_anew_and_leaves_the_generato
         for step, (z, training) in enumerate(seen):
             sgd.param_groups[0]["lr"] = (0.02, 0.01)[step // 3]
             x = generator(z)
-            loss = kl(other(x), teacher(x), settings.temperature).mean()
+            s, t = other(x), teacher(x)
+            agreed.append((s.argmax(1) == t.argmax(1)).float().mean())
+            loss = kl(s, t, settings.temperature).mean()
             sgd.zero_grad(), loss.backward(), sgd.step()
             assert not training and len(seen) == 6
+    near([row["agreement_made"] for row in log.rows], torch.stack(agreed).view(2, 3).mean(1))
     near6(log.shown[-1][0], common.denormalize(x, data)), assert_close(student, other)
     rdskd.distill(teacher, third, data, settings)              # makes its generator itself: the same student
     assert equal(weights_of(student), weights_of(third))

@@ -9,7 +9,7 @@ import common
 import csd
 import plain_inversion
 from conftest import tiny_args, tiny_networks, tiny_settings
-from helpers import (Log, assert_close, bn_distances, bn_inputs, equal, in_float64, kl, near6,  # noqa: F401
+from helpers import (Log, assert_close, bn_distances, bn_inputs, equal, in_float64, kl, near, near6,  # noqa: F401
                      refused, rows_of, save_untrained, sure, weights_of)
 
 
@@ -106,7 +106,7 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
             batches.append(made(generator, 5))
             near6(log.shown[epoch][0], batches[-1][0])
             pixels = torch.cat([(255 * x).floor().to(torch.uint8) for x, _ in batches])
-            optimizer.param_groups[0]["lr"], asked = rate, []
+            optimizer.param_groups[0]["lr"], asked, agreed = rate, [], []
             for rows in torch.randperm(len(pixels)).split(8)[:3]:
                 if len(asked) * settings.visits < 3:
                     images = seen(pixels[rows] / 255)
@@ -117,8 +117,11 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
                     images, t = asked[-1]
                 else:                                          # with two visits, the third step
                     images, t = asked[torch.randperm(2)[0]]
-                loss = kl(other.train()(images), t, settings.temperature).mean()
+                answer = other.train()(images)
+                agreed += (answer.argmax(1) == t.argmax(1)).tolist()
+                loss = kl(answer, t, settings.temperature).mean()
                 optimizer.zero_grad(), loss.backward(), optimizer.step()
+            near(log.rows[epoch]["agreement_made"], sum(agreed) / len(agreed))
     assert torch.equal(found[0], pixels) and torch.equal(found[1], torch.cat([y for _, y in batches]))
     assert_close(student, other)
 
