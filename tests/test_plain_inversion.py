@@ -9,8 +9,8 @@ import common
 import csd
 import plain_inversion
 from conftest import tiny_args, tiny_networks, tiny_settings
-from helpers import (Log, assert_close, bn_distances, bn_inputs, equal, in_float64, kl, near, near6,  # noqa: F401
-                     refused, rows_of, save_untrained, sure, weights_of)
+from helpers import (Log, assert_close, bn_distances, bn_inputs, equal, in_float64, kl, near,  # noqa: F401
+                     near6, refused, rows_of, save_untrained, sure, weights_of)
 
 
 def bilinear(image, row, column):
