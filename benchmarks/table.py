@@ -242,6 +242,7 @@ def race_tables(groups, measurements):
             on_cpu = [run for run in runs if run[0]["arguments"]["device"] == "cpu"]
             trials.setdefault(f"trials on {arguments['dataset']}", []).append({
                 **line, "teacher": Path(arguments["teacher"]).stem,
+                "student": arguments["student"].rpartition(":")[2],
                 "of the validation images": f"**{of_end(runs)}**",
                 "epochs": len(events(runs[:1], "epoch")), "seconds of a CPU": seconds(on_cpu),
                 **origin(runs)})
