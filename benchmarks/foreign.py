@@ -23,6 +23,7 @@ RACES = {       # {race of race.py: (data set, network)}
     "mnist-mixer": ("mnist-val", "benchmarks.foreign:mixer"),
 }
 
+COLOUR_RACES = {"cifar10-group-norm": ("cifar10-val", "benchmarks.foreign:group_norm_colour")}
 # Students of the same structure as their teacher, where the races have a LeNet-5: {race: network}. They have
 # half of the channels; there is no narrower WRN, so that student is as large as its teacher.
 OWN_KIND = {
@@ -30,6 +31,7 @@ OWN_KIND = {
     "mnist-wrn": "wrn10_1",
     "mnist-group-norm": "benchmarks.foreign:group_norm_half",
     "mnist-mixer": "benchmarks.foreign:mixer_half",
+    "cifar10-group-norm": "benchmarks.foreign:group_norm_colour_half",
 }
 
 
@@ -131,15 +133,21 @@ def group_norm_half():
     return group_norm(32)
 
 
-def group_norm_colour():
+def group_norm_colour(width=128):
     """A residual network with GroupNorm, for 32x32 colour images: 538,154 weights."""
     def block(width):
         return [Residual(*normed(width, width, 1), nn.ReLU(), *normed(width, width, 1)), nn.ReLU()]
+    half, quarter = width // 2, width // 4
     return nn.Sequential(
-        *normed(3, 32, 1), nn.ReLU(),                                        # (N, 32, 32, 32)
-        *normed(32, 64, 2), nn.ReLU(), *block(64), *block(64),               # (N, 64, 16, 16)
-        *normed(64, 128, 2), nn.ReLU(), *block(128),                         # (N, 128, 8, 8)
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+        *normed(3, quarter, 1), nn.ReLU(),                                   # (N, 32, 32, 32)
+        *normed(quarter, half, 2), nn.ReLU(), *block(half), *block(half),    # (N, 64, 16, 16)
+        *normed(half, width, 2), nn.ReLU(), *block(width),                   # (N, 128, 8, 8)
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def group_norm_colour_half():
+    """The same structure with half of the channels: 135,450 weights."""
+    return group_norm_colour(64)
 
 
 class MixTokens(nn.Module):

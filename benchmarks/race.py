@@ -27,7 +27,8 @@ from running import Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {"cifar10": ("cifar10-val", "wrn16_2"), "mnist": ("mnist-val", "lenet5")}   # set, network
-TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()}, **foreign.RACES}
+TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()}, **foreign.RACES,
+            **foreign.COLOUR_RACES}
 READINGS = {    # {row: flags}: other readings of paper and code, beside the rows of a race
     "csd-raw-head": "--raw-head",
     "csd-without": "--csd 0",
@@ -96,6 +97,12 @@ RACES.update({name: {**{row: RACES["mnist"][row] for row in table.WITH_FOREIGN_T
                      **{row: f"{RACES['mnist'][usual]} --student {foreign.OWN_KIND[name]}"
                         for row, usual in table.OWN_KIND.items()}}
               for name in foreign.RACES})
+COARSE = "plain_inversion.py --preset cifar10-cpu --precision bf16 --detail 2 --warp 1 --contrast 1"
+RACES.update({name: {**{row: RACES["cifar10"][row] for row in table.WITH_COLOUR_TEACHERS},
+                     "plain-inversion": "plain_inversion.py --preset cifar10-cpu --precision bf16",
+                     table.COARSE: COARSE,
+                     table.COARSE_OWN_KIND: f"{COARSE} --student {foreign.OWN_KIND[name]}"}
+              for name in foreign.COLOUR_RACES})
 STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",
           "surrogate_kd": "pool", "regulated_kd": "significance", "zskd": "pool"}
 

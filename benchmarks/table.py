@@ -42,6 +42,10 @@ WITH_FOREIGN_TEACHERS = ("rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "s
 WIDE = "plain-inversion-lenet5"     # one more row, with foreign teachers alone
 # and rows whose students have their teacher's structure, as lenet5_half has LeNet-5's: {row: the usual row}
 OWN_KIND = {f"{row}-own-kind": row for row in ("plain-inversion", "rdskd", "surrogate-leaves")}
+# The rows of the race on CIFAR-10 that are repeated with foreign teachers, and one that is not in the race
+WITH_COLOUR_TEACHERS = ("plain-inversion", "csd", "cudfkd", "rdskd", "surrogate-cifar100", "surrogate-generator")
+COARSE = "plain-inversion-coarse"
+COARSE_OWN_KIND = "plain-inversion-coarse-own-kind"
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
 GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
         "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
@@ -229,8 +233,8 @@ def race_tables(groups, measurements):
              row["pflop"] for row in measurements if row["variant"] == "cost"}
     races, trials, merged = {}, {}, {}
     for group in [group for group, runs in groups.items()
-                  if (race_row(runs[0][0]) or [None])[0] in foreign.RACES]:
-        groups.pop(group)                                        # they have a table of their own
+                  if (race_row(runs[0][0]) or [None])[0] in {**foreign.RACES, **foreign.COLOUR_RACES}]:
+        groups.pop(group)                                        # they have tables of their own
     for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]
                   or race_row(runs[0][0])]:                    # also a race's row with authors' numbers
         runs = groups.pop(group)
@@ -266,33 +270,34 @@ def race_tables(groups, measurements):
     return {**found, **trials}
 
 
-def foreign_table(runs):
-    """The race on MNIST with our teacher and with foreign ones: a column for each, sorted by the worst.
+def foreign_table(runs, own="mnist", ours="lenet5", races=foreign.RACES,
+                  rows=(*WITH_FOREIGN_TEACHERS, WIDE, *OWN_KIND)):
+    """The race `own` with our teacher and with foreign ones: a column for each, sorted by the worst.
 
     A row has a worst teacher only when it has been run with all of them.
     """
     found = {}
     for run in runs:
         race, row = race_row(run[0]) or (None, None)
-        if race in ("mnist", *foreign.RACES) and run[-1].get("student_acc_last") is not None \
+        if race in (own, *races) and run[-1].get("student_acc_last") is not None \
                 and not of_earlier_preset(run[0]):
             found.setdefault((race, row), []).append(run)
     lines = []
-    for row in (*WITH_FOREIGN_TEACHERS, WIDE, *OWN_KIND):
-        cells = {race: found.get((race, row)) for race in ("mnist", *foreign.RACES)}
+    for row in rows:
+        cells = {race: found.get((race, row)) for race in (own, *races)}
         if row in OWN_KIND and any(cells.values()):
-            cells["mnist"] = found.get(("mnist", OWN_KIND[row]))
+            cells[own] = found.get((own, OWN_KIND[row]))
         there = [mean(run[-1]["student_acc_last"] for run in runs) for runs in cells.values() if runs]
         worst = min(there) if len(there) == len(cells) else None
         if there:
             lines.append((-(worst or 0), {
                 "row": row, "worst teacher": f"**{100 * worst:.2f}**" if worst else "-",
-                **{race.removeprefix("mnist-") if race != "mnist" else "lenet5, ours":
+                **{race.removeprefix(f"{own}-") if race != own else f"{ours}, ours":
                    f"{of_end(runs)} ({len(runs)})" if runs else "-" for race, runs in cells.items()}}))
     for _, line in sorted(lines, key=lambda pair: pair[0]):
         yield line
     best = {race: max((run[-1]["teacher_acc"] for (of, _), runs in found.items() if of == race
-                       for run in runs), default=None) for race in ("mnist", *foreign.RACES)}
+                       for run in runs), default=None) for race in (own, *races)}
     if lines:
         yield dict(zip(lines[0][1], ["the teacher itself", "", *(
             "-" if value is None else f"{100 * value:.2f}" for value in best.values())], strict=True))
@@ -551,6 +556,8 @@ def all_tables(runs, measurements):
               "throughput": throughput_table(measurements),
               "pictures a second": pictures_table(measurements),
               "foreign teachers": foreign_table(runs),
+              "foreign teachers in colour": foreign_table(
+                  runs, "cifar10", "wrn16_2", foreign.COLOUR_RACES, (*WITH_COLOUR_TEACHERS, COARSE, COARSE_OWN_KIND)),
               "drawn pictures": drawn_table(runs, measurements),
               "choosing an epoch": epochs_table(measurements),
               "architectures": architectures_table(measurements),
