@@ -59,7 +59,7 @@ def digit_recognizer_half():
 
 
 def plain_cnn(*widths, places, hidden):
-    """Layers for grey images: convolutions that halve the sides, down to `places` pixels, and two linear ones."""
+    """Layers for grey images: convolutions that halve the sides, to `places` pixels, then two linear ones."""
     layers = []
     for width_in, width_out in zip((1, *widths), widths):
         layers += [nn.Conv2d(width_in, width_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]

@@ -43,7 +43,8 @@ WIDE = "plain-inversion-lenet5"     # one more row, with foreign teachers alone
 # and rows whose students have their teacher's structure, as lenet5_half has LeNet-5's: {row: the usual row}
 OWN_KIND = {f"{row}-own-kind": row for row in ("plain-inversion", "rdskd", "surrogate-leaves")}
 # The rows of the race on CIFAR-10 that are repeated with foreign teachers, and one that is not in the race
-WITH_COLOUR_TEACHERS = ("plain-inversion", "csd", "cudfkd", "rdskd", "surrogate-cifar100", "surrogate-generator")
+WITH_COLOUR_TEACHERS = ("plain-inversion", "csd", "cudfkd", "rdskd", "surrogate-cifar100",
+                        "surrogate-generator")
 COARSE = "plain-inversion-coarse"
 COARSE_OWN_KIND = "plain-inversion-coarse-own-kind"
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
@@ -51,6 +52,7 @@ GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
         "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
                                 raw_head=False, fresh_head_optimizer=False, teacher_last_map="",
                                 student_last_map="", drawn=0),
+        "rdskd": dict(detail=1, warp=0.0),
         "surrogate_kd": dict(deeper_radius=16.0)}
 
 
@@ -557,7 +559,8 @@ def all_tables(runs, measurements):
               "pictures a second": pictures_table(measurements),
               "foreign teachers": foreign_table(runs),
               "foreign teachers in colour": foreign_table(
-                  runs, "cifar10", "wrn16_2", foreign.COLOUR_RACES, (*WITH_COLOUR_TEACHERS, COARSE, COARSE_OWN_KIND)),
+                  runs, "cifar10", "wrn16_2", foreign.COLOUR_RACES,
+                  (*WITH_COLOUR_TEACHERS, COARSE, COARSE_OWN_KIND)),
               "drawn pictures": drawn_table(runs, measurements),
               "choosing an epoch": epochs_table(measurements),
               "architectures": architectures_table(measurements),
