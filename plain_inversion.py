@@ -395,7 +395,8 @@ if __name__ == "__main__":
 #     worse: an adversarial term against the student (75.8 %), batches of 64 images with more steps (76.6
 #     %).
 #  7. target_acc in the log is the share of shown images that the teacher puts into the class asked for. With
-#     mixtures it is low, because on average half of a mixture is another image.
+#     mixtures it is low, because on average half of a mixture is another image. agreement_made is the share
+#     on which student and teacher name the same class.
 #  8. The preset cifar10 has not been run yet. benchmarks/costs.py counts 32 PFLOP and 1.0 GB for it: half an
 #     hour of a GPU that does 18 TFLOP/s in practice. The teacher's own training is not in it.
 #  9. Coarse images (--detail, --warp, --contrast) are for teachers without BatchNorm, whose images look like
@@ -406,3 +407,5 @@ if __name__ == "__main__":
 #     --contrast takes the DataSpec at its word. Where mean and deviation are not those of all pixels (0.5 and
 #     0.5 are a habit, and CIFAR-10's usual deviations are too small), use --contrast 0. Each of the three
 #     needs a --bank of its own.
+# 11. The student's structure. With a CNN as teacher (99.04 %), a student of the same structure with half of
+#     the channels reaches 98.92 % in a trial on MNIST. The 97.82 % of note 9 are those of half a LeNet-5.

@@ -115,6 +115,7 @@ class Residual(nn.Sequential):
 
 
 def normed(width_in, width_out, stride):
+    """A 3x3 convolution and GroupNorm after it, as a list of two layers."""
     return [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.GroupNorm(8, width_out)]
 
 
@@ -123,8 +124,7 @@ def group_norm(width=64):
     return nn.Sequential(
         *normed(1, width // 2, 2), nn.ReLU(),                                # (N, 32, 16, 16)
         *normed(width // 2, width, 2), nn.ReLU(),                            # (N, 64, 8, 8)
-        Residual(*normed(width, width, 1), nn.ReLU(), *normed(width, width, 1)), nn.ReLU(),
-        Residual(*normed(width, width, 1), nn.ReLU()),
+        *block(width), Residual(*normed(width, width, 1), nn.ReLU()),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
@@ -133,10 +133,16 @@ def group_norm_half():
     return group_norm(32)
 
 
+def block(width):
+    """Two such convolutions, to whose output their input is added, and ReLU."""
+    return [Residual(*normed(width, width, 1), nn.ReLU(), *normed(width, width, 1)), nn.ReLU()]
+
+
 def group_norm_colour(width=128):
-    """A residual network with GroupNorm, for 32x32 colour images: 538,154 weights."""
-    def block(width):
-        return [Residual(*normed(width, width, 1), nn.ReLU(), *normed(width, width, 1)), nn.ReLU()]
+    """A residual network with GroupNorm, for 32x32 colour images: 538,154 weights.
+
+    The one in teachers/ was trained with --dataset cifar10-val --epochs 25 --precision bf16 --threads 1.
+    """
     half, quarter = width // 2, width // 4
     return nn.Sequential(
         *normed(3, quarter, 1), nn.ReLU(),                                   # (N, 32, 32, 32)

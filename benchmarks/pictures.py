@@ -254,19 +254,18 @@ def race(log):
 def score():
     """-> a matplotlib Figure: accuracy against agreement on drawn pictures, students of one teacher together.
 
-    Teachers with ten students or more have a panel each. The others share the last panel, a colour each.
-    Students that learned from drawn pictures are circles.
+    Teachers with ten students or more have a panel each. Those with three to nine share the last panel, a
+    colour each. Students that learned from drawn pictures are open circles. Trials, which are scored on
+    validation images, are left out.
     """
     from matplotlib.figure import Figure
-    runs, measurements = table.read()
-    names = {run[0]["teacher_sha256"]: Path(run[0]["arguments"]["teacher"].rpartition(":")[2]).stem
-             for run in runs if "teacher_sha256" in run[0]}
-    teachers = {f"{dataset}, {names.get(digest, digest[:6]).rpartition('-val_')[2]}": [*students.values()]
-                for (dataset, digest), students in table.drawn_students(runs, measurements).items()}
+    teachers = {f"{dataset}, {teacher.partition(' ')[0]}": [*students.values()]
+                for (dataset, teacher), students in table.drawn_students(*table.read()).items()
+                if len(students) >= 3 and not dataset.endswith("-val")}
     panels = [[name] for name, students in teachers.items() if len(students) >= 10]
     panels.append([name for name, students in teachers.items() if len(students) < 10])
     figure = Figure(figsize=(11, 3.9), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels)), panels):
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels):
         for color, name in enumerate(panel):
             for computed, accuracy, drawn in teachers[name]:
                 axes.plot(100 * drawn, 100 * accuracy, "o", color=f"C{color}",
@@ -283,10 +282,13 @@ def score():
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=["curriculum", "regulation", "side-by-side", "race", "score"])
-    parser.add_argument("runs", nargs="*", help="run folders, one except for side-by-side; or a race's log")
+    parser.add_argument("runs", nargs="*",
+                        help="run folders, one except for side-by-side; or a race's log; none for score")
     parser.add_argument("--out", required=True, help="file to draw, as picture.png")
     options = parser.parse_args(argv)
-    if options.kind == "score":
+    if options.kind == "score" and options.runs:
+        raise BadInput("score draws all logs of benchmarks/results; name no run")
+    elif options.kind == "score":
         save = functools.partial(score().savefig, dpi=110)
     elif not options.runs:
         raise BadInput(f"{options.kind} needs a run to draw")

@@ -97,11 +97,12 @@ RACES.update({name: {**{row: RACES["mnist"][row] for row in table.WITH_FOREIGN_T
                      **{row: f"{RACES['mnist'][usual]} --student {foreign.OWN_KIND[name]}"
                         for row, usual in table.OWN_KIND.items()}}
               for name in foreign.RACES})
-COARSE = "plain_inversion.py --preset cifar10-cpu --precision bf16 --detail 2 --warp 1 --contrast 1"
+IN_BF16 = "plain_inversion.py --preset cifar10-cpu --precision bf16"
+COARSE_IN_BF16 = f"{IN_BF16} --detail 2 --warp 1 --contrast 1"
 RACES.update({name: {**{row: RACES["cifar10"][row] for row in table.WITH_COLOUR_TEACHERS},
-                     "plain-inversion": "plain_inversion.py --preset cifar10-cpu --precision bf16",
-                     table.COARSE: COARSE,
-                     table.COARSE_OWN_KIND: f"{COARSE} --student {foreign.OWN_KIND[name]}"}
+                     **dict(zip(table.FOR_COLOUR_TEACHERS, (
+                         IN_BF16, COARSE_IN_BF16, f"{COARSE_IN_BF16} --student {foreign.OWN_KIND[name]}"),
+                         strict=True))}
               for name in foreign.COLOUR_RACES})
 STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",
           "surrogate_kd": "pool", "regulated_kd": "significance", "zskd": "pool"}
@@ -155,7 +156,7 @@ def main(argv=None):
             out, (script, *flags) = f"runs/{name}", commands[row].split()
             state = "finished" if out in logged else "begun" if rows_of(out) else "to do"
             flags += ["--teacher", *teacher.split(), "--seed", str(seed), "--threads", threads]
-            print(f"{row:>20s}  seed {seed}  {state:8s}  python {script} {' '.join(flags)}", flush=True)
+            print(f"{row:>31s}  seed {seed}  {state:8s}  python {script} {' '.join(flags)}", flush=True)
             if not options.list and out not in logged:
                 flags += own_stage(Path(script).stem, f"checkpoints/{name}")
                 todo.append((out, [script, *flags, "--keep-epochs", "--out", out, "--resume"]))

@@ -40,19 +40,19 @@ YOUNG = dict(visits=1, mixup=False, keep_generator=False, teacher_statistics="ru
 WITH_FOREIGN_TEACHERS = ("rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd",
                          "zskd")
 WIDE = "plain-inversion-lenet5"     # one more row, with foreign teachers alone
-# and rows whose students have their teacher's structure, as lenet5_half has LeNet-5's: {row: the usual row}
+# {row: the usual row}: rows whose students have their teacher's structure, as lenet5_half has LeNet-5's
 OWN_KIND = {f"{row}-own-kind": row for row in ("plain-inversion", "rdskd", "surrogate-leaves")}
-# The rows of the race on CIFAR-10 that are repeated with foreign teachers, and one that is not in the race
+# The rows of the race on CIFAR-10 that are repeated with foreign teachers, and those that they alone have.
+# DeepInversion needs BatchNorm, and DAFL ends close to RDSKD in the race.
 WITH_COLOUR_TEACHERS = ("plain-inversion", "csd", "cudfkd", "rdskd", "surrogate-cifar100",
                         "surrogate-generator")
-COARSE = "plain-inversion-coarse"
-COARSE_OWN_KIND = "plain-inversion-coarse-own-kind"
+FOR_COLOUR_TEACHERS = ("plain-inversion-in-bf16", "plain-inversion-coarse", "plain-inversion-coarse-own-kind")
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
 GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
         "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
                                 raw_head=False, fresh_head_optimizer=False, teacher_last_map="",
                                 student_last_map="", drawn=0),
-        "rdskd": dict(detail=1, warp=0.0),
+        "rdskd": dict(detail=1, warp=0.0),      # these were tried for a day, and no commit has them
         "surrogate_kd": dict(deeper_radius=16.0)}
 
 
@@ -276,7 +276,7 @@ def foreign_table(runs, own="mnist", ours="lenet5", races=foreign.RACES,
                   rows=(*WITH_FOREIGN_TEACHERS, WIDE, *OWN_KIND)):
     """The race `own` with our teacher and with foreign ones: a column for each, sorted by the worst.
 
-    A row has a worst teacher only when it has been run with all of them.
+    A row has a worst teacher only when it has been run with all foreign ones.
     """
     found = {}
     for run in runs:
@@ -290,7 +290,7 @@ def foreign_table(runs, own="mnist", ours="lenet5", races=foreign.RACES,
         if row in OWN_KIND and any(cells.values()):
             cells[own] = found.get((own, OWN_KIND[row]))
         there = [mean(run[-1]["student_acc_last"] for run in runs) for runs in cells.values() if runs]
-        worst = min(there) if len(there) == len(cells) else None
+        worst = min(there) if all(cells[race] for race in races) else None
         if there:
             lines.append((-(worst or 0), {
                 "row": row, "worst teacher": f"**{100 * worst:.2f}**" if worst else "-",
@@ -306,13 +306,17 @@ def foreign_table(runs, own="mnist", ours="lenet5", races=foreign.RACES,
 
 
 def drawn_students(runs, measurements):
-    """-> {(data set, teacher's digest): {run: (it learned from drawn pictures?, accuracy, agreement)}}"""
+    """-> {(data set, teacher): {run: (it learned from drawn pictures?, accuracy, agreement)}}"""
+    names = {run[0]["teacher_sha256"]: Path(run[0]["arguments"]["teacher"].rpartition(":")[2]).stem
+             for run in runs if "teacher_sha256" in run[0]}
     teachers = {}
 
     def add(row, arguments, accuracy, agreement):
         computed = arguments.get("drawn", 0) > 0 or (
             arguments.get("surrogate") in importlib.import_module("surrogate_kd").GENERATORS)
-        teachers.setdefault((arguments["dataset"], row["teacher_sha256"]), {})[arguments["out"]] = (
+        digest = row["teacher_sha256"]
+        name = names.get(digest, "").rpartition("-val_")[2]                  # mnist-val_mixer: mixer
+        teachers.setdefault((arguments["dataset"], f"{name} ({digest[:6]})"), {})[arguments["out"]] = (
             computed, accuracy, agreement)
     for row in measurements:
         if row["variant"] == "epochs":
@@ -327,14 +331,14 @@ def drawn_students(runs, measurements):
 
 def drawn_table(runs, measurements):
     """How well the agreement on drawn pictures tells which of two students of one teacher is better."""
-    for (dataset, digest), students in drawn_students(runs, measurements).items():
+    for (dataset, name), students in drawn_students(runs, measurements).items():
         for title, kept in (("all students", [*students.values()]),
                             ("not of drawn pictures", [one for one in students.values() if not one[0]])):
             pairs = [(one[1] - other[1], one[2] - other[2]) for one, other in itertools.combinations(kept, 2)]
             far = [pair for pair in pairs if abs(pair[0]) >= 0.05]
             if len(kept) < 3 or len(kept) == len(students) and title != "all students":
                 continue
-            yield {"data set": dataset, "teacher": digest[:6], "of": title, "students": len(kept),
+            yield {"data set": dataset, "teacher": name, "of": title, "students": len(kept),
                    "rank correlation": f"{spearmanr([one[1:] for one in kept])[0]:.2f}",
                    "pairs": len(pairs), "the better one found": share_right(pairs),
                    "pairs five points apart": len(far), "found there": share_right(far)}
@@ -560,7 +564,7 @@ def all_tables(runs, measurements):
               "foreign teachers": foreign_table(runs),
               "foreign teachers in colour": foreign_table(
                   runs, "cifar10", "wrn16_2", foreign.COLOUR_RACES,
-                  (*WITH_COLOUR_TEACHERS, COARSE, COARSE_OWN_KIND)),
+                  (*WITH_COLOUR_TEACHERS, *FOR_COLOUR_TEACHERS)),
               "drawn pictures": drawn_table(runs, measurements),
               "choosing an epoch": epochs_table(measurements),
               "architectures": architectures_table(measurements),

@@ -272,6 +272,20 @@ def test_the_front_page_keeps_its_limits():
     assert len(BENCHMARKS.splitlines()) <= 350
 
 
+def test_what_the_pages_link_to_is_there():
+    for page in (ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))):
+        text = page.read_text()
+        links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+        assert links
+        for link in links:
+            name, _, section = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            if section:
+                heads = re.findall(r"^#+ (.*)$", target.read_text().lower(), re.M)
+                assert section in {re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in heads}, link
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_pages_parses(command, in_tmp, monkeypatch, capsys):
     """Up to the point where work would start. Scripts of benchmarks/ are there and know --help."""
