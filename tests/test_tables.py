@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn as nn
+
+import common
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import table  # noqa: E402
@@ -253,6 +257,34 @@ def test_the_table_of_foreign_teachers_is_sorted_by_the_worst_and_names_the_seed
     foreign = [run for run in runs if "mixer" in run[0]["arguments"]["out"]]
     groups = table.grouped(foreign)
     assert groups and not table.race_tables(groups, []) and not groups       # they stand in this table alone
+
+
+def test_students_of_their_teachers_own_kind_stand_beside_ours_and_colour_has_a_table_of_its_own():
+    runs = [run_of(f"runs/race-{race}/{row}-seed0", accuracy, method="rdskd") for race, row, accuracy in (
+        ("mnist", "rdskd", 0.98), ("mnist-wrn", "rdskd-own-kind", 0.9), ("cifar10", "csd", 0.7),
+        ("cifar10-group-norm", "plain-inversion-coarse", 0.5))]
+    usual, own = sorted(table.foreign_table(runs), key=lambda line: line["row"])[:2]
+    assert (usual["row"], usual["lenet5, ours"], usual["wrn"]) == ("rdskd", "98.00 (1)", "-")
+    assert (own["row"], own["lenet5, ours"], own["wrn"]) == ("rdskd-own-kind", "98.00 (1)", "90.00 (1)")
+    colour = table.foreign_table(runs, "cifar10", "wrn16_2", table.foreign.COLOUR_RACES,
+                                 ("csd", *table.FOR_COLOUR_TEACHERS))
+    coarse, csd, teacher = map(tuple, map(dict.values, colour))
+    assert coarse == ("plain-inversion-coarse", "**50.00**", "-", "50.00 (1)")
+    assert csd == ("csd", "-", "70.00 (1)", "-") and teacher[0] == "the teacher itself"
+
+
+@pytest.mark.parametrize("race", table.foreign.OWN_KIND)
+def test_a_student_of_its_teachers_own_kind_takes_the_same_images_and_is_not_larger(race):
+    dataset, teacher = {**table.foreign.RACES, **table.foreign.COLOUR_RACES}[race]
+    shape = common.DATASETS[dataset.removesuffix("-val")].image_shape
+    if "digit_recognizer" in teacher:                  # it is another package's, with 390,410 weights
+        teacher = nn.Linear(390_410, 1, bias=False)
+    else:
+        teacher = common.build_model(teacher, 10, shape)
+    student = common.build_model(table.foreign.OWN_KIND[race], 10, shape)
+    assert student(torch.rand(2, *shape)).shape == (2, 10)
+    sizes = [sum(weight.numel() for weight in network.parameters()) for network in (student, teacher)]
+    assert sizes[0] < sizes[1] or race == "mnist-wrn" and sizes[0] == sizes[1]
 
 
 def test_pairs_of_students_of_one_teacher():
