@@ -407,6 +407,6 @@ if __name__ == "__main__":
 #     --contrast takes the DataSpec at its word. Where mean and deviation are not those of all pixels (0.5 and
 #     0.5 are a habit, and CIFAR-10's usual deviations are too small), use --contrast 0. Each of the three
 #     needs a --bank of its own.
-# 11. The student's structure. Trials on MNIST with a CNN as teacher (99.04 %): a student of the same
-#     structure with half of the channels, 43,162 weights, reaches 98.92 %. LENET5 A student of your own
-#     teacher's structure is the first to try.
+# 11. The student's structure matters. A trial on MNIST with a CNN as teacher (99.04 %): a student of the
+#     same structure with half of the channels, 43,162 weights, reaches 98.92 %. In colour it did not help:
+#     with a network with GroupNorm, half of it ends at 38.00 %, a WRN-16-1 at 51.51 (test images, one seed).
