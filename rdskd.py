@@ -383,7 +383,7 @@ if __name__ == "__main__":
 #     its own mean and deviation.
 # 11. DAFL's activation loss does not occur here [code]. The abstract says that RDSKD beats DAFL, MSKD, ZSKD
 #     and DeepInversion on MNIST, CIFAR-10 and SVHN; we know none of the paper's figures.
-# 12. The student's structure matters more than its size. Trials on MNIST, half of the preset's epochs, with
-#     a CNN as teacher (99.0 %): half a LeNet-5 (15,738 weights) reaches 82.20 %, a whole one (61,706) 84.84,
-#     and half the CNN itself (43,162) 94.32. In the log, agreement_made is the share of the made images on
-#     which student and teacher name the same class.
+# 12. The student's structure. In trials on MNIST, half of the preset's epochs with a CNN as teacher (99.0 %),
+#     it mattered more than the size: half a LeNet-5 (15,738 weights) reaches 82.20 %, a whole one (61,706)
+#     84.84, and half the CNN itself (43,162) 94.32. In the log, agreement_made is the share of the made
+#     images on which student and teacher name the same class.

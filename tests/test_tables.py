@@ -134,7 +134,8 @@ def test_logs_keep_their_old_names_and_are_shown_under_the_new_ones(runs):
     assert '"preset": "cifar10-cpu-plain"' in text and "plain_inversion" not in text
     plain = [run for run in runs if run[0]["method"] == "plain_inversion"]
     rows = {table.race_row(run[0])[1] for run in plain if table.race_row(run[0])}
-    assert rows >= {f"plain-inversion{more}" for more in ("", "-2h", "-bf16", "-2h-bf16", "-lenet5")}
+    assert rows == {f"plain-inversion{more}" for more in (
+        "", "-2h", "-bf16", "-2h-bf16", "-lenet5", "-own-kind", "-in-bf16", "-coarse", "-coarse-own-kind")}
     plain = [run for run in plain if run[0]["arguments"]["preset"] == "cifar10-cpu"
              and "group-norm" not in run[0]["arguments"]["out"]]
     assert len(plain) == 12 + 6
