@@ -19,6 +19,7 @@ import collections
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import inspect
 import io
@@ -159,13 +160,13 @@ def augment(pixels, data):
 # -------------------------------------------------------------------------------- 2. looking inside a network
 @contextlib.contextmanager
 def _recorded(modules, what):
-    """Inside the block, every forward pass leaves what(input) of each module; no hook is left after it."""
+    """Inside the block, forward passes leave what(module, input) of each module; no hook is left after it."""
     seen, handles = {}, []
 
     def keep(module, positional, named):
         for value in (*positional, *named.values()):
             if torch.is_tensor(value):                                       # the first tensor is the input
-                seen[module] = what(value)
+                seen[module] = what(module, value)
                 return
     try:
         for module in modules:
@@ -181,15 +182,17 @@ def recorded_inputs(modules):
 
     The input is converted to float32 and keeps its graph. This works on any nn.Module.
     """
-    return _recorded(modules, torch.Tensor.float)
+    return _recorded(modules, lambda module, x: x.float())
 
 
 def recorded_statistics(modules):
     """`with recorded_statistics(layers) as seen: model(images)`; then seen[layer] = (mean, variance).
 
-    Both are (channels,), float32, of the layer's *input* over (N, H, W), and keep their graph.
+    Both are (channels,), float32, of the layer's *input* over (N, H, W), and keep their graph. The channels
+    of a linear layer's input are its last dimension, those of any other layer's the second.
     """
-    return _recorded(modules, Moments.apply)
+    return _recorded(modules, lambda module, x: Moments.apply(
+        x.movedim(-1, 1) if isinstance(module, nn.Linear) else x))
 
 
 class Moments(torch.autograd.Function):
@@ -730,6 +733,34 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
     if pixels.shape[2:] != data.image_shape[1:]:                            # (N, 1, 28, 28) -> (N, 1, 32, 32)
         pixels = F.interpolate(pixels.float(), data.image_shape[1:], mode="bilinear").round().to(torch.uint8)
     return ImageSet(pixels.contiguous().to(device), labels.long().to(device)), data
+
+
+def real_pictures(name, data_dir="data"):
+    """The pictures, without labels, of a data set's training images or of all that is in folder:PATH.
+
+    -> how many there are; read(rows, size) -> pixels (n, C, H, W) in [0, 1]; a text that changes if a file is
+    added, renamed or has another length
+    Raises BadInput as `load_dataset` does, for a folder without pictures, and for a damaged picture.
+    """
+    if not name.startswith("folder:"):
+        (pixels, _, scale), _ = load_dataset(name, True, data_dir)
+        return len(pixels), lambda rows, size: pixels[rows] / scale, ""
+    path, kinds = name.removeprefix("folder:"), torchvision.datasets.folder.IMG_EXTENSIONS
+    names = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in kinds) if path else []
+    if not names:
+        raise BadInput(f"there is no picture in folder '{path}'; name one with {', '.join(kinds)} files")
+
+    def read(rows, size):
+        cut = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+        found = []
+        for row in rows:
+            try:
+                found.append(cut(torchvision.datasets.folder.pil_loader(names[row])))
+            except Exception as error:      # PIL raises many kinds of exception for what it cannot read
+                raise BadInput(f"{names[row]} is no whole image ({error})") from None
+        return torch.stack(found) / 255
+    content = repr([(str(file), file.stat().st_size) for file in names])
+    return len(names), read, hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _read_torchvision(name, train, data_dir):

@@ -344,7 +344,7 @@ def inspect_network(name):
         + ("" if norms else "; not deepinversion, which needs BatchNorm"),
         "with pictures of other things: surrogate_kd" + (
             "" if norms else ". Without BatchNorm, the images of plain_inversion, csd and cudfkd are less "
-                             "like the data; see the front page")]
+                             "like the data; the front page says what helps")]
 
 
 # ---------------------------------------------------------------------------------------- 2. the command line

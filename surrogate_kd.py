@@ -34,7 +34,6 @@ notes of the paper (we did not have its text); [generators] the code of those wh
 pictures (note 18); [ours] a choice of this file. "Note 3" is the third entry at the end of the file.
 """
 import contextlib
-import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
@@ -45,12 +44,11 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from einops import rearrange
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (DATASETS, BadInput, Means, Preset, batchnorms, build_optimizer, cosine, crop_by_offsets,
-                    fit_pixels, frozen, leaves_images, load_dataset, normalize, recorded_inputs, revisited,
+                    fit_pixels, frozen, leaves_images, normalize, real_pictures, recorded_inputs, revisited,
                     scoring, seeded, seeded_and_checked, set_lr, steps, strokes, why_no_batchnorm)
 from running import (Run, command_line, dataset_spec, digest, is_file_name, load_networks, parse,
                      read_classifier, read_file, save_samples)
@@ -538,7 +536,7 @@ def observe(means, answers, loss_kd, student_logits, teacher_logits):
     """
     predicted, p = teacher_logits.argmax(1), teacher_logits.softmax(1)
     answers.index_add_(0, predicted, torch.ones_like(predicted))
-    means.add(loss_kd=loss_kd, surrogate_agreement=(student_logits.argmax(1) == predicted).float().mean(),
+    means.add(loss_kd=loss_kd, agreement_made=(student_logits.argmax(1) == predicted).float().mean(),
               teacher_entropy=-torch.xlogy(p, p).sum(1).mean())
 
 
@@ -841,36 +839,8 @@ def procedural_pixels(name, n, data, settings, device):
 
 
 # ==========================================================================================================
-# Pictures that are there: another data set, or any folder. The last functions get pictures for main().
+# Pictures that are there: another data set, any folder, or made images. These functions are for main().
 # ==========================================================================================================
-def real_pictures(name, data_dir="data"):
-    """The pictures, without labels, of a data set's training images or of all that is in folder:PATH.
-
-    -> how many there are; read(rows, size) -> pixels (n, C, H, W) in [0, 1]; a text that changes if a file is
-    added, renamed or has another length
-    Raises BadInput as `load_dataset` does, for a folder without pictures, and for a damaged picture.
-    """
-    if not name.startswith("folder:"):
-        (pixels, _, scale), _ = load_dataset(name, True, data_dir)
-        return len(pixels), lambda rows, size: pixels[rows] / scale, ""
-    path, kinds = name.removeprefix("folder:"), torchvision.datasets.folder.IMG_EXTENSIONS
-    names = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in kinds) if path else []
-    if not names:
-        raise BadInput(f"there is no picture in folder '{path}'; name one with {', '.join(kinds)} files")
-
-    def read(rows, size):
-        cut = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-        found = []
-        for row in rows:
-            try:
-                found.append(cut(torchvision.datasets.folder.pil_loader(names[row])))
-            except Exception as error:      # PIL raises many kinds of exception for what it cannot read
-                raise BadInput(f"{names[row]} is no whole image ({error})") from None
-        return torch.stack(found) / 255
-    content = repr([(str(file), file.stat().st_size) for file in names])
-    return len(names), read, hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
 def same_data(name, other):
     """Whether two names of data sets name the same images, at any size.
 

@@ -245,7 +245,7 @@ def every_command():
     """Each preset, and the rows of the races with our own teachers whose flags leave their preset."""
     found = [f"{module.__name__}.py --preset {preset}" for module in MODULES for preset in module.PRESETS]
     for name, rows in race.RACES.items():
-        if name in {**foreign.RACES, **foreign.COLOUR_RACES}:
+        if name in foreign.RACES:
             continue
         found += [f"{row} --teacher {race.TEACHERS[name][1]}" for row in rows.values()
                   if len(row.split()) > 3 and "zskd" not in row]

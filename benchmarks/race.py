@@ -27,8 +27,7 @@ from running import Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {"cifar10": ("cifar10-val", "wrn16_2"), "mnist": ("mnist-val", "lenet5")}   # set, network
-TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()}, **foreign.RACES,
-            **foreign.COLOUR_RACES}
+TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()}, **foreign.RACES}
 READINGS = {    # {row: flags}: other readings of paper and code, beside the rows of a race
     "csd-raw-head": "--raw-head",
     "csd-without": "--csd 0",
@@ -96,12 +95,17 @@ RACES.update({name: {**{row: RACES["mnist"][row] for row in table.WITH_FOREIGN_T
                      table.WIDE: "plain_inversion.py --preset mnist-cpu --student lenet5",
                      **{row: f"{RACES['mnist'][usual]} --student {foreign.OWN_KIND[name]}"
                         for row, usual in table.OWN_KIND.items()}}
-              for name in foreign.RACES})
+              for name in foreign.GREY_RACES})
 IN_BF16 = "plain_inversion.py --preset cifar10-cpu --precision bf16"
-COARSE_IN_BF16 = f"{IN_BF16} --detail 2 --warp 1 --contrast 1"
+COARSE_IN_BF16 = f"{IN_BF16} --statistics 0 --detail 2 --warp 1 --contrast 1"
+PHOTOGRAPHS = "folder:data/cifar100-jpeg"
+ON_PHOTOGRAPHS = f"surrogate_kd.py --preset cifar10-cpu-real --precision bf16 --surrogate {PHOTOGRAPHS}"
 RACES.update({name: {**{row: RACES["cifar10"][row] for row in table.WITH_COLOUR_TEACHERS},
                      **dict(zip(table.FOR_COLOUR_TEACHERS, (
-                         IN_BF16, COARSE_IN_BF16, f"{COARSE_IN_BF16} --student {foreign.OWN_KIND[name]}"),
+                         f"{IN_BF16} --statistics 0", COARSE_IN_BF16,
+                         f"{COARSE_IN_BF16} --student {foreign.OWN_KIND[name]}",
+                         IN_BF16, f"{IN_BF16} --statistics-from {PHOTOGRAPHS}",
+                         f"{ON_PHOTOGRAPHS} --pool-images 1000 --epochs 880 --eval-every 88", ON_PHOTOGRAPHS),
                          strict=True))}
               for name in foreign.COLOUR_RACES})
 STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",

@@ -35,7 +35,9 @@ MARKERS = re.compile(r"(<!-- ([^:>]+): python benchmarks/table.py[^>]*-->\n).*?(
 OF_ANY_RUN = {"dataset": None, "device": "cpu", "precision": "fp32"}   # results depend on these, too
 # Settings that are younger than some logs, with what the code did before it had them.
 YOUNG = dict(visits=1, mixup=False, keep_generator=False, teacher_statistics="running",
-             optimizer="sgd", contrast=0.0, detail=1, warp=0.0)
+             optimizer="sgd", contrast=0.0, detail=1, warp=0.0,
+             # no effect for teachers with BatchNorm or of grey images: those of all older logs but three
+             statistics=10.0, statistics_from="auto")
 # The rows of the race on MNIST that are repeated with the teachers of foreign.py
 WITH_FOREIGN_TEACHERS = ("rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd",
                          "zskd")
@@ -46,7 +48,9 @@ OWN_KIND = {f"{row}-own-kind": row for row in ("plain-inversion", "rdskd", "surr
 # DeepInversion needs BatchNorm, and DAFL ends close to RDSKD in the race.
 WITH_COLOUR_TEACHERS = ("plain-inversion", "csd", "cudfkd", "rdskd", "surrogate-cifar100",
                         "surrogate-generator")
-FOR_COLOUR_TEACHERS = ("plain-inversion-in-bf16", "plain-inversion-coarse", "plain-inversion-coarse-own-kind")
+FOR_COLOUR_TEACHERS = ("plain-inversion-in-bf16", "plain-inversion-coarse", "plain-inversion-coarse-own-kind",
+                       "plain-inversion-two-photographs", "plain-inversion-hundred-photographs",
+                       "surrogate-thousand-photographs", "surrogate-cifar100-in-bf16")
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
 GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
         "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
@@ -235,7 +239,7 @@ def race_tables(groups, measurements):
              row["pflop"] for row in measurements if row["variant"] == "cost"}
     races, trials, merged = {}, {}, {}
     for group in [group for group, runs in groups.items()
-                  if (race_row(runs[0][0]) or [None])[0] in {**foreign.RACES, **foreign.COLOUR_RACES}]:
+                  if (race_row(runs[0][0]) or [None])[0] in foreign.RACES]:
         groups.pop(group)                                        # they have tables of their own
     for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]
                   or race_row(runs[0][0])]:                    # also a race's row with authors' numbers
@@ -272,7 +276,7 @@ def race_tables(groups, measurements):
     return {**found, **trials}
 
 
-def foreign_table(runs, own="mnist", ours="lenet5", races=foreign.RACES,
+def foreign_table(runs, own="mnist", ours="lenet5", races=foreign.GREY_RACES,
                   rows=(*WITH_FOREIGN_TEACHERS, WIDE, *OWN_KIND)):
     """The race `own` with our teacher and with foreign ones: a column for each, sorted by the worst.
 

@@ -163,7 +163,7 @@ def test_distill_is_data_free_by_signature_or_takes_data_by_name(method):
 
 def example(name):
     """An argument of a loss, by its name."""
-    if name in ("statistics", "running"):
+    if name in ("statistics", "running", "wanted"):
         return [(torch.randn(3), torch.rand(3)) for _ in range(2)]
     if name in ("labels", "targets"):
         return torch.arange(8)

@@ -1,9 +1,12 @@
 """plain_inversion.py: all of distill written anew, from the same draws; what a kept generator keeps."""
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import csd
@@ -55,7 +58,8 @@ def test_warped_images_are_turned_slanted_stretched_and_moved(in_float64):
 
 @pytest.mark.parametrize("changes", [{}, dict(mixup=False, visits=1, seed=1),
                                      dict(keep_generator=False, seed=2),
-                                     dict(detail=2, warp=1.0, contrast=0.7, optimizer="adam", seed=3)],
+                                     dict(detail=2, warp=1.0, contrast=0.7, optimizer="adam", seed=3),
+                                     dict(statistics_from="photographs", bn=0.0, seed=4)],
                          ids=str)
 def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
     """The same images in the bank, of both stages, and the same student."""
@@ -63,7 +67,11 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
                              lr_generator=0.02, lr_student=0.02, **{"visits": 2, **changes})
     (teacher, student, data), (_, other, _), log = tiny_networks(), tiny_networks(), Log()
     found = plain_inversion.distill(sure(teacher), student, data, settings, log)
-    of_teacher = bn_inputs(teacher.eval())
+    of_teacher, inputs = bn_inputs(teacher.eval()), {}
+    wanted = plain_inversion.find_statistics(teacher, data, settings)            # tested below
+    assert bool(wanted) == ("statistics_from" in changes)
+    for layer in wanted:
+        layer.register_forward_pre_hook(lambda layer, x: inputs.__setitem__(layer, x[0]))
 
     coarse = [side // settings.detail for side in data.image_shape[1:]]
     assert not any(side % 4 for side in coarse)
@@ -80,6 +88,15 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
         x = common.normalize(x, data).transpose(0, 1).flatten(1)
         return ((x.var(1, unbiased=False) - 1) ** 2).sum().sqrt() + (x.mean(1) ** 2).sum().sqrt()
 
+    def distance():
+        parts = []
+        for layer, (mean, var) in wanted.items():
+            x, square = inputs[layer], var + 0.01 * var.sum() / len(var) + 1e-12
+            x = x.transpose(0, 1).flatten(1) if x.dim() == 4 else x.T        # (channels, places)
+            parts += [(((x.mean(1) - mean) ** 2 / square).mean() ** 0.5)
+                      + (((x.var(1, unbiased=False) - var) / square) ** 2).mean() ** 0.5]
+        return sum(parts) / len(parts) if parts else 0
+
     def made(generator, steps):
         csd.reinitialize(generator.layers[0] if settings.keep_generator else generator)
         z, y, tried = torch.randn(10, 6).requires_grad_(), torch.randint(10, (10,)).sort().values, []
@@ -91,7 +108,7 @@ def test_distill_equals_the_algorithm_written_anew(changes, in_float64):
             x = x.sigmoid()
             t = teacher(seen(x))
             loss = (1.2 * F.cross_entropy(t, y) + settings.bn * sum(bn_distances(of_teacher))
-                    + settings.contrast * contrast(x))
+                    + settings.contrast * contrast(x) + settings.statistics * distance())
             tried.append((loss.item(), x.detach().clone()))
             adam.zero_grad(), loss.backward(), adam.step()
         return min(tried, key=lambda each: each[0])[1], y
@@ -168,12 +185,127 @@ def test_a_kept_generator_goes_on_but_for_its_first_layer(monkeypatch):
     for keep, changed in ((True, {"0.weight", "0.bias"}), (False, None)):
         settings = tiny_settings(plain_inversion, keep_generator=keep)
         generator = plain_inversion.Generator(6, data.image_shape)
-        plain_inversion.synthesize(generator, teacher, data, settings, 3)
+        plain_inversion.synthesize(generator, teacher, data, settings, 3, {})
         before = weights_of(generator.layers)
-        plain_inversion.synthesize(generator, teacher, data, settings, 0)       # no step: what is drawn anew
+        plain_inversion.synthesize(generator, teacher, data, settings, 0, {})   # no step: what is drawn anew
         after = weights_of(generator.layers)
         differ = {name for name in before if not torch.equal(before[name], after[name])}
         assert differ == changed if keep else {"0.weight", "3.weight", "9.weight"} <= differ
+
+
+class Colour(nn.Module):
+    """A small teacher of 16x16 colour images without BatchNorm. Its last layers see (N, places, 6)."""
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 6, 3, stride=4)
+        self.unused, self.mix, self.out = nn.Linear(6, 6), nn.Linear(6, 7), nn.Linear(7, 10)
+
+    def forward(self, x):
+        maps = self.second(self.first(x).relu()).relu()                      # (N, 6, 4, 4)
+        return self.out(self.mix(maps.flatten(2).transpose(1, 2)).relu().mean(1))
+
+
+COLOUR = common.DataSpec((3, 16, 16), 10, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+def test_statistics_loss_in_numbers():
+    """Two layers, worked out by hand; the second never fires."""
+    wanted = [(torch.tensor([1.0, 2.0]), torch.tensor([6.0, 2.0])), (torch.zeros(1), torch.zeros(1))]
+    found = [(torch.tensor([1.0, 4.0]), torch.tensor([6.0, 4.0])), (torch.zeros(1), torch.zeros(1))]
+    first = (2 / 2.04 ** 0.5 + 2 / 2.04) / 2 ** 0.5            # the second channel's σ² is 2 + 0.01 · 4
+    found[1][1].requires_grad_()
+    loss = plain_inversion.statistics_loss(found, wanted)
+    near6(loss, first / 2)
+    loss.backward()                                            # a layer that never fires has no endless slope
+    assert found[1][1].grad.item() == 0
+    assert plain_inversion.statistics_loss([], []) == 0
+    louder = [[(3 * mean, 9 * var) for mean, var in layers[:1]] for layers in (found, wanted)]
+    near6(plain_inversion.statistics_loss(*louder), first)     # the scale of a layer does not matter
+
+
+def test_statistics_of_pictures_are_those_of_the_layers_inputs():
+    torch.manual_seed(0)
+    teacher, pixels, settings = Colour(), torch.rand(1, 3, 16, 16), tiny_settings(plain_inversion)
+    found = plain_inversion.statistics_of(pixels, teacher, COLOUR, settings)     # of one picture
+    assert [*found] == [teacher.second, teacher.mix, teacher.out]            # as they run, without the first
+    x = teacher.first((pixels - torch.tensor(COLOUR.mean).view(3, 1, 1))
+                      / torch.tensor(COLOUR.std).view(3, 1, 1)).relu()
+    maps = teacher.second(x).relu()
+    places = maps.permute(0, 2, 3, 1).flatten(0, 2)                          # (16, 6)
+    vector = teacher.mix(places).relu().mean(0)
+    for layer, values in ((teacher.second, x[0].flatten(1).T), (teacher.mix, places),
+                          (teacher.out, vector[None])):
+        near6(found[layer][0], values.mean(0)), near6(found[layer][1], values.var(0, unbiased=False))
+    # of many pictures, the means over batches
+    many = plain_inversion.statistics_of(torch.rand(500, 3, 16, 16), teacher, COLOUR, settings)
+    assert many[teacher.out][1].max() > 0 and not teacher.first._forward_pre_hooks
+
+
+def test_where_the_statistics_come_from(in_tmp):
+    torch.manual_seed(0)
+    colour, grey = common.DATASETS["cifar10"], common.DATASETS["mnist"]
+    with_norm = common.build_model("wrn10_1", 10, (3, 32, 32))
+    without = common.build_model("lenet5", 10, (1, 32, 32))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    for teacher, data, changes, source in (
+            (with_norm, colour, {}, ""), (without, grey, {}, ""), (plain, colour, {}, "photographs"),
+            (plain, colour, dict(statistics=0.0), ""),
+            (with_norm, colour, dict(statistics_from="photographs"), "photographs")):
+        settings = tiny_settings(plain_inversion, **changes)
+        assert plain_inversion.source_of_statistics(teacher, data, settings) == source
+        found = plain_inversion.find_statistics(teacher, data, settings)
+        assert len(found) == (0 if not source else 1 if teacher is plain else 9)
+    again = (plain_inversion.find_statistics(plain, colour, tiny_settings(plain_inversion))[plain[3]]
+             for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(*again))                   # the same in a resumed run
+    with pytest.raises(common.BadInput, match="choose from auto, photographs or folder"):
+        plain_inversion.find_statistics(plain, colour, tiny_settings(plain_inversion, statistics_from="mine"))
+
+
+def test_photographs_are_cut_out_in_the_shape_of_the_data():
+    torch.manual_seed(0)
+    for shape in ((3, 32, 32), (1, 20, 28)):
+        pixels = plain_inversion.photographs(6, common.DataSpec(shape, 10, (0.5,) * shape[0],
+                                                                (0.5,) * shape[0]))
+        assert pixels.shape == (6, *shape) and 0 <= pixels.min() < 0.2 and 0.8 < pixels.max() <= 1
+        assert pixels.flatten(1).std(0).min() > 0                            # they differ
+
+
+def test_images_get_the_statistics_that_they_are_asked_for():
+    torch.manual_seed(0)
+    teacher, distance = Colour(), {}
+    wanted = plain_inversion.statistics_of(plain_inversion.photographs(200, COLOUR), teacher, COLOUR,
+                                           tiny_settings(plain_inversion))
+    for weight in (0.0, 3.0):
+        settings = tiny_settings(plain_inversion, statistics=weight, synthesis_batch_size=50)
+        torch.manual_seed(1)
+        generator = plain_inversion.Generator(6, COLOUR.image_shape)
+        pixels, _, _ = plain_inversion.synthesize(generator, teacher, COLOUR, settings, 40, wanted)
+        with torch.no_grad(), common.recorded_statistics(wanted) as found:
+            teacher(common.normalize(pixels, COLOUR))
+        distance[weight] = plain_inversion.statistics_loss([found[layer] for layer in wanted],
+                                                           [*wanted.values()])
+    assert distance[3.0] < 0.5 * distance[0.0]
+
+
+def test_a_folder_of_pictures_in_colour(in_tmp, capsys):
+    """Its pictures are part of what a bank was made with."""
+    teacher = save_untrained(in_tmp / "plain.pt", "lenet5", common.DATASETS["cifar10"], "cifar10")
+    argv = tiny_args(plain_inversion, teacher, student="wrn10_1")
+    argv += ["--dataset", "none", "--bank", "bank"]
+    assert "there is no picture in folder mine" in refused(
+        plain_inversion, [*argv, "--statistics-from", "folder:mine"], capsys)
+    Path("mine").mkdir()
+    for name in "abc":
+        Image.fromarray((255 * torch.rand(20, 30, 3)).byte().numpy()).save(f"mine/{name}.png")
+    plain_inversion.main([*argv, "--statistics-from", "folder:mine", "--out", "one"])
+    assert all(row["loss_statistics"] > 0 for row in rows_of("one") if row["event"] == "epoch")
+    Path("mine/c.png").unlink()
+    with pytest.raises(SystemExit):
+        plain_inversion.main([*argv, "--statistics-from", "folder:mine", "--out", "two"])
+    assert "was made with pictures" in capsys.readouterr().err
+    plain_inversion.main([*argv[:-2], "--bank", "other", "--out", "three"])
+    assert "two photographs" in capsys.readouterr().out
 
 
 def test_a_mixture_lies_between_two_images_of_the_batch():
