@@ -763,6 +763,12 @@ def real_pictures(name, data_dir="data"):
     return len(names), read, hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def some_pictures(name, n, data):
+    """At most n of these pictures, at random, in the shape of the data: pixels (n, C, H, W) in [0, 1]."""
+    available, read, _ = real_pictures(name)
+    return fit_pixels(read(torch.randperm(available)[:n], max(data.image_shape[1:])), data)
+
+
 def _read_torchvision(name, train, data_dir):
     """(N, C, H, W) uint8 and (N,) labels of a torchvision set, downloaded if it is not in `data_dir`."""
     class_name, folder = {

@@ -44,8 +44,8 @@ from torchvision.transforms import v2
 
 from common import (BadInput, Means, Preset, UpsampledConv2d, augment, batches, batchnorms, build_optimizer,
                     cosine, fill_bank, fit_pixels, frozen, normalize, place_like, probe, real_pictures,
-                    recorded_statistics, revisited, seeded, seeded_and_checked, set_lr, steps, to_bytes,
-                    why_no_batchnorm)
+                    recorded_statistics, revisited, seeded, seeded_and_checked, set_lr, some_pictures, steps,
+                    to_bytes, why_no_batchnorm)
 from running import Run, command_line, dataset_spec, load_networks, parse
 
 
@@ -214,10 +214,9 @@ def find_statistics(teacher, data, settings):
         return {}
     with seeded(settings.seed):                        # so that a resumed run finds the same statistics
         if source == "photographs":
-            pixels = photographs(1000, data)
+            pixels = photographs(1000 if max(data.image_shape) <= 64 else 100, data)
         else:
-            available, read, _ = real_pictures(source)
-            pixels = fit_pixels(read(torch.randperm(available)[:100], max(data.image_shape[1:])), data)
+            pixels = some_pictures(source, 100, data)
         return statistics_of(pixels, teacher, data, settings)
 
 

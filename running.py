@@ -35,10 +35,10 @@ import torch.nn.functional as F
 import torchvision
 
 import common
-from common import (COSTS, DATASETS, BadInput, DataSpec, Means, accuracy, agreement, augment, batchnorms,
-                    build_model, check_answers, check_model_name, cosine, dataset_names, drawn_pictures,
-                    expected_calibration_error, from_function, frozen, in_bf16, load_dataset,
-                    normalize, one_pass, predict, probe, seeded, set_lr, short, steps)
+from common import (COSTS, DATASETS, BadInput, DataSpec, ImageSet, Means, accuracy, agreement, augment,
+                    batchnorms, build_model, check_answers, check_model_name, cosine, dataset_names,
+                    drawn_pictures, expected_calibration_error, from_function, frozen, in_bf16, load_dataset,
+                    normalize, one_pass, predict, probe, seeded, set_lr, short, some_pictures, steps)
 
 
 # ------------------------------------------------------------------------------------------------ 1. teachers
@@ -345,6 +345,31 @@ def inspect_network(name):
         "with pictures of other things: surrogate_kd" + (
             "" if norms else ". Without BatchNorm, the images of plain_inversion, csd and cudfkd are less "
                              "like the data; the front page says what helps")]
+
+
+def compare_students(teacher, students, pictures):
+    """How often students name the same class as their teacher in pictures of anything, the best one first.
+
+    `teacher` as --teacher takes it; `students`: their files or run folders; `pictures`: folder:PATH, of which
+    at most 1,000 are looked at, always the same ones. No label is needed.   -> lines of text
+    Raises BadInput for a file that cannot be used, and for a student of another teacher.
+    """
+    files = [Path(name, "student.pt") if Path(name).is_dir() else Path(name) for name in students]
+    found = [read_classifier(file) for file in files]
+    data, own = DataSpec(**found[0]["data"]), found[0]["dataset"]
+    if ":" in teacher and not is_file_name(teacher):
+        network = from_function(teacher, data.num_classes, pretrained=True)[0].eval()
+    else:
+        network, _ = load_classifier(teacher if is_file_name(teacher) else teacher_path(own, teacher))
+    for file, content in zip(files, found):
+        if content.get("teacher_sha256") != digest(network.state_dict()):
+            raise BadInput(f"{file} is no student of {teacher}; compare students of one teacher")
+    with seeded(0):
+        images = ImageSet(some_pictures(pictures, 1000, data), None, 1)
+    answers = predict(network, images, data)
+    scores = {file: agreement(predict(load_classifier(file)[0], images, data), answers) for file in files}
+    return [f"agreement with {teacher} on {len(answers)} pictures of {pictures}",
+            *(f"{scores[file]:.4f}  {file}" for file in sorted(files, key=scores.get, reverse=True))]
 
 
 # ---------------------------------------------------------------------------------------- 2. the command line
@@ -1120,6 +1145,9 @@ def main(argv=None):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="model name, or module:function for a network of your own")
     what.add_argument("--inspect", help="a network, as --teacher takes it: say what it has, and stop")
+    what.add_argument("--compare", nargs="+", metavar="NETWORK", help="a teacher and run folders of its "
+                      "students: say how often they agree on --pictures, and stop")
+    parser.add_argument("--pictures", help="folder:PATH with pictures of anything, for --compare")
     parser.add_argument("--dataset", default="cifar10", help=f"{dataset_names()} [cifar10]")
     parser.add_argument("--epochs", type=number_type(int, True), help="passes over the set [by data set]")
     parser.add_argument("--batch-size", type=number_type(int, True), help="[by data set]")
@@ -1128,6 +1156,12 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.inspect:
         print("\n".join(inspect_network(options.inspect)))
+        return
+    if options.compare:
+        if len(options.compare) < 2 or not options.pictures:
+            raise BadInput("--compare needs a teacher, its students and --pictures; for example: python "
+                           "common.py --compare mine:teacher runs/one runs/other --pictures folder:photos")
+        print("\n".join(compare_students(options.compare[0], options.compare[1:], options.pictures)))
         return
     set_up_device(options)
     if ":" not in options.model:

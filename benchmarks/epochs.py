@@ -12,6 +12,7 @@ was worth, beside the last epoch and beside the best, which only the test set ca
     agreement        the student that agrees most often with the teacher on the images of all epochs
     agreement-leaves the same on the 2,000 drawn pictures of common.py, dead leaves that no run was shown; for
                      a run on leaves they are of the kind that it learned from
+    agreement-pictures the same on 1,000 pictures of a folder, with --pictures folder:PATH
     entropy          the epoch whose images the teacher is most certain of (least mean entropy)
     bn-distance      the epoch whose images are nearest to what the teacher's BatchNorm layers remember:
                      CSD's bn_loss. Not for a teacher without BatchNorm
@@ -24,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (BadInput, ImageSet, agreement, batchnorms, drawn_pictures, frozen, normalize, predict,
-                    recorded_statistics, scoring)
+                    recorded_statistics, scoring, seeded, some_pictures)
 from csd import bn_loss
 from pictures import read_log
 from running import Parser, command_line, is_file_name, load_classifier, number_type, read_file, teacher_path
@@ -45,7 +46,7 @@ def bn_distance(teacher, pixels, data):
                          [(layer.running_mean, layer.running_var) for layer in layers]))
 
 
-def measures(folder, rows):
+def measures(folder, rows, pictures=None):
     """-> {rule: a number an epoch, the largest is chosen}"""
     name = rows[0]["arguments"]["teacher"]
     teacher, data = load(name if is_file_name(name) else teacher_path(rows[0]["arguments"]["dataset"], name))
@@ -57,8 +58,13 @@ def measures(folder, rows):
         each["pixels"] = each["pixels"].to(device)
     own = ImageSet(torch.cat([each["pixels"] for each in kept]), None)
     leaves = ImageSet(drawn_pictures(data).pixels.to(device), None)
+    sets = [("agreement", own), ("agreement-leaves", leaves)]
+    if pictures:
+        with seeded(0):                                    # the same ones for all runs
+            shown = some_pictures(pictures, 1000, data).to(device)
+        sets.append(("agreement-pictures", ImageSet(shown, None, 1)))
     found = {"last": epochs, "kd-loss": [-row["loss_kd"] for row in rows if row["event"] == "epoch"]}
-    for rule, images in (("agreement", own), ("agreement-leaves", leaves)):
+    for rule, images in sets:
         answers, found[rule] = predict(teacher, images, data), []
         for each in kept:
             student.load_state_dict(each["student"])
@@ -74,6 +80,7 @@ def measures(folder, rows):
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders of finished runs with --keep-epochs")
+    parser.add_argument("--pictures", help="folder:PATH, with which agreement-pictures is measured")
     parser.add_argument("--threads", type=number_type(int, True), help="CPU threads [as PyTorch chooses]")
     parser.add_argument("--log", help="append the results to this file, as JSON lines")
     options = parser.parse_args(argv)
@@ -88,12 +95,13 @@ def main(argv=None):
         if rows[-1]["event"] != "end" or None in scores or not Path(folder, "epochs").is_dir():
             raise BadInput(f"{folder} is no finished run with --keep-epochs and a score in each epoch; name "
                            "those that are")
-        found = measures(folder, rows)
+        found = measures(folder, rows, options.pictures)
         chosen = {rule: max(range(len(scores)), key=values.__getitem__) for rule, values in found.items()}
         arguments = rows[0]["arguments"]
         row = dict(variant="epochs", method=rows[0]["method"], changed=rows[0]["changed"],
                    teacher_sha256=rows[0]["teacher_sha256"], versions=rows[0]["versions"],
-                   **{name: arguments[name] for name in ("preset", "dataset", "seed", "out")},
+                   pictures=options.pictures,
+                   **{name: arguments[name] for name in ("preset", "dataset", "seed", "out", "teacher")},
                    student_acc=scores, chosen=chosen, measures=found)
         print(f"{folder}: best {max(scores):.4f}; " + ", ".join(
             f"{rule} {scores[epoch]:.4f} ({epoch})" for rule, epoch in chosen.items()), flush=True)

@@ -348,6 +348,27 @@ def drawn_table(runs, measurements):
                    "pairs five points apart": len(far), "found there": share_right(far)}
 
 
+def photographs_table(measurements):
+    """Which of two students is better, by agreement on photographs of other things and on drawn pictures.
+
+    The students are those of all epochs, by benchmarks/epochs.py. Pairs are of two different runs.
+    """
+    teachers = {}
+    for row in measurements:
+        if row["variant"] == "epochs" and row.get("pictures"):
+            teachers.setdefault((row["dataset"], Path(row["teacher"]).stem), {})[row["out"]] = row
+    for (dataset, teacher), runs in sorted(teachers.items()):
+        for title, rule in (("drawn pictures", "agreement-leaves"), ("photographs", "agreement-pictures")):
+            students = [list(zip(row["student_acc"], row["measures"][rule])) for row in runs.values()]
+            pairs = [(one[0] - other[0], one[1] - other[1]) for first, second in
+                     itertools.combinations(students, 2) for one in first for other in second]
+            far = [pair for pair in pairs if abs(pair[0]) >= 0.05]
+            correlation = spearmanr([student for of_run in students for student in of_run])[0]
+            yield {"data set": dataset, "teacher": teacher, "agreement on": title, "runs": len(students),
+                   "students": sum(map(len, students)), "rank correlation": f"{correlation:.2f}",
+                   "pairs five points apart": len(far), "the better one found there": share_right(far)}
+
+
 def share_right(pairs):
     """Of pairs (difference of accuracy, difference of agreement), how many have the same sign, in percent.
 
@@ -507,7 +528,7 @@ def epochs_table(measurements):
     """What the rules of benchmarks/epochs.py were worth, in points of test accuracy."""
     found = {}
     for row in measurements:
-        if row["variant"] == "epochs":
+        if row["variant"] == "epochs" and not row.get("pictures"):
             for rule, epoch in row["chosen"].items():
                 runs = found.setdefault((row["dataset"], rule), {})
                 runs[row["method"], row["out"]] = row["student_acc"], epoch          # of a run the last row
@@ -570,6 +591,7 @@ def all_tables(runs, measurements):
                   runs, "cifar10", "wrn16_2", foreign.COLOUR_RACES,
                   (*WITH_COLOUR_TEACHERS, *FOR_COLOUR_TEACHERS)),
               "drawn pictures": drawn_table(runs, measurements),
+              "photographs": photographs_table(measurements),
               "choosing an epoch": epochs_table(measurements),
               "architectures": architectures_table(measurements),
               "costs": costs_table(measurements)}

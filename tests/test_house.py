@@ -310,7 +310,8 @@ def test_every_command_of_the_pages_parses(command, in_tmp, monkeypatch, capsys)
     monkeypatch.setattr(module, "dataset_spec", lambda options: common.DATASETS.get(options.dataset, cifar10),
                         raising=False)
     monkeypatch.setattr(module, "real_pictures", lambda *args: (1, None, ""), raising=False)
-    for name in ("train_teacher", "inspect_network") if module is common else ("load_networks",):
+    of_common = "train_teacher", "inspect_network", "compare_students"
+    for name in of_common if module is common else ("load_networks",):
         monkeypatch.setattr(running if module is common else module, name, stop)
     with pytest.raises(SystemExit):
         (running if module is common else module).main(argv)

@@ -320,11 +320,11 @@ def test_a_student_is_loaded_exported_and_teaches_again(mine):
 
 @pytest.mark.slow
 def test_the_front_pages_own_teacher(tmp_path):
-    """Its function, its three commands and its five lines, from the page's own text."""
+    """Its function, its four commands and its five lines, from the page's own text."""
     page = (ROOT / "README.md").read_text()
     section = page[page.index("## Your own teacher"):]
     section = section[:section.index("\n## ")]
-    (function, lines), (commands,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.S)
+    (function, lines), (commands, compare) = (re.findall(rf"```{kind}\n(.*?)```", section, re.S)
                                       for kind in ("python", "bash"))
     (tmp_path / "mine.py").write_text(function)
     (tmp_path / "mynet.py").write_text(
@@ -358,7 +358,39 @@ def test_the_front_pages_own_teacher(tmp_path):
         said = run([ROOT / name], *flags, *small)
         assert "37 classes" in said or "on drawn pictures" in said
     assert (tmp_path / "runs/plain_inversion-mine-001/student.pt").exists()
+    script, *flags = compare.replace("runs/one", "runs/plain_inversion-mine-001").replace(
+        "runs/other", "runs/surrogate_kd-mine-001").split()[1:]
+    first, *students = run([ROOT / script], *flags).splitlines()
+    assert first == "agreement with mine:teacher on 12 pictures of folder:photos" and len(students) == 2
     assert "torch" not in run(["-c", python + lines + "\nprint(classes.shape[0])"])
+
+
+def test_students_are_compared_on_pictures_of_anything(teacher_file, in_tmp, capsys):
+    teacher, _, data = tiny_networks()
+    one, other = (common.build_model("wrn10_1", 10, data.image_shape) for _ in range(2))
+    one.load_state_dict(teacher.state_dict())                  # a copy agrees always
+    for name, student in (("other", other), ("one", one)):
+        running.save_classifier(f"runs/{name}/student.pt", student, "wrn10_1", data, "digits",
+                                teacher_sha256=running.digest(teacher.state_dict()))
+    (in_tmp / "photos").mkdir()
+    for number in range(12):
+        pixels = (255 * torch.rand(20, 30, 3)).byte().numpy()
+        Image.fromarray(pixels).save(f"photos/{number}.png")
+    command = ["--compare", str(teacher_file), "runs/other", "runs/one/student.pt", "--pictures"]
+    running.main([*command, "folder:photos"])
+    said = capsys.readouterr().out
+    first, best, worst = said.splitlines()
+    assert first == f"agreement with {teacher_file} on 12 pictures of folder:photos"
+    assert best == "1.0000  runs/one/student.pt" and worst.endswith("runs/other/student.pt")
+    running.main([*command, "folder:photos"])
+    assert capsys.readouterr().out == said                     # always the same pictures
+    running.save_classifier("runs/third/student.pt", other, "wrn10_1", data, "digits", teacher_sha256="x")
+    for argv, words in (([*command, "folder:none"], "no picture in folder none"), (command[:3], "--pictures"),
+                        (["--compare", str(teacher_file), "--pictures", "folder:photos"], "its students"),
+                        (["--compare", str(teacher_file), "runs/third", "--pictures", "folder:photos"],
+                         "no student of"), ([*command[:2], "runs/nobody", *command[4:], "folder:photos"],
+                                            "no teacher file runs/nobody")):
+        assert words in refused(running, argv, capsys)
 
 
 # ----------------------------------------------------------------------------------------------- more ways in

@@ -290,6 +290,23 @@ def test_a_student_of_its_teachers_own_kind_takes_the_same_images_and_is_not_lar
     assert sizes[0] < sizes[1] or race == "mnist-wrn" and sizes[0] == sizes[1]
 
 
+def test_agreement_on_photographs_beside_that_on_drawn_pictures():
+    """Pairs are of two runs: here four, three of them five points apart. A repeated run counts once."""
+    def row(out, *students):
+        student_acc, leaves, pictures = zip(*students)
+        return dict(variant="epochs", dataset="cifar10", teacher="folder/net.pt", pictures="folder:x",
+                    out=out, student_acc=student_acc, chosen={},
+                    measures={"agreement-leaves": leaves, "agreement-pictures": pictures})
+    rows = [row("a", (0.1, 0.9, 0.9)), row("a", (0.5, 0.6, 0.1), (0.6, 0.5, 0.3)),
+            row("b", (0.62, 0.4, 0.2), (0.7, 0.3, 0.4))]
+    drawn, photographs = table.photographs_table(rows)
+    assert not [*table.epochs_table(rows)]
+    assert (drawn["teacher"], drawn["runs"], drawn["students"]) == ("net", 2, 4)
+    assert (drawn["rank correlation"], photographs["rank correlation"]) == ("-1.00", "0.80")
+    assert (drawn["pairs five points apart"], drawn["the better one found there"]) == (3, "0 %")
+    assert photographs["the better one found there"] == "100 %"
+
+
 def test_pairs_of_students_of_one_teacher():
     runs = [run_of("a", 0.5, 0.5), run_of("b", 0.6, 0.7), run_of("c", 0.62, 0.6), run_of("f", 0.7),
             run_of("d", 0.9, 0.1, "another teacher"),
