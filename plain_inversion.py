@@ -6,11 +6,11 @@ the classes that we ask for, and each BatchNorm layer should see the statistics 
 data. The images fill a bank. The student learns to answer as the teacher does on images of the bank, which
 are changed at random and can be mixed. Generator and student do not compete, and no label is used.
 
-A teacher without BatchNorm remembers no statistics, and fine patterns that show nothing satisfy it. In
-colour, the images then get the statistics that photographs of anything leave in its layers. In grey, the
-generator draws coarsely and makes images that the teacher recognizes when they are turned and stretched.
+A teacher without BatchNorm remembers no statistics, and meaningless fine patterns make it sure of a class. If
+its images are in colour, the generator is asked for the statistics that photographs leave in its layers (note
+12). For grey ones there is --preset mnist-cpu: coarse images, still recognized when turned and stretched.
 
-    z ──► G ──► images ──► change ──► teacher ──► right class? statistics as real? ──► update G and z
+    z ──► G ──► images ──► change ──► teacher ──► right class? wanted statistics? ──► update G and z
                   │
                   └──► bank ──► change, mix ─┬──► teacher ──► logits
                                              └──► student ──► logits ──► how far from the teacher's? ──► S
@@ -69,11 +69,11 @@ class Settings:
     latent_dim: int = 256               # length of z
     oh: float = 1.0                     # weight of one_hot_loss
     bn: float = 3.0                     # weight of bn_loss; 0 = off
-    statistics: float = 10.0            # weight of statistics_loss; 0 = off
-    statistics_from: str = "auto"       # what leaves them: photographs, folder:PATH, or auto (note 12)
+    statistics: float = 10.0            # weight of statistics_loss, where there is a source; 0 = off
+    statistics_from: str = "auto"       # the source: photographs, folder:PATH, or auto (find_statistics)
     contrast: float = 0.0               # weight of contrast_loss; 0 = off (note 9)
-    detail: int = 1                     # 2 draws images with half of the rows and columns; 1 = off
-    warp: float = 0.0                   # how far `warped` changes images, here and for the student; 0 = off
+    detail: int = 1                     # G draws 1/detail of the rows and columns, so 2 is coarser; 1 = off
+    warp: float = 0.0                   # how far `warped` changes what both networks see; 0 = off
     bank_rounds: int = 100              # batches made before the student's first step
     bank_synthesis_steps: int = 10      # generator steps for each of them
     seed: int = 0                       # of all random numbers
@@ -87,7 +87,7 @@ PRESETS = {
     # The row of the comparison in benchmarks/: chosen among six trials on CIFAR-10's validation images
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", CIFAR10_CPU),
     # For teachers without BatchNorm, where bn has no effect. Chosen with two teachers that are in no race of
-    # benchmarks/ (note 9). The numbers of steps are those of csd.py's preset, but for 20 more bank rounds
+    # benchmarks/, a CNN and a vision transformer (note 9). Steps as in csd.py's preset, with 20 rounds more
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(
         CIFAR10_CPU, epochs=20, student_steps=400, optimizer="adam", lr_student=2e-3, weight_decay=0.0,
         mixup=False, bank_rounds=100, bank_synthesis_steps=15, synthesis_steps=15, contrast=1.0, detail=2,
@@ -137,21 +137,21 @@ def bn_loss(statistics, running):
 
 
 def statistics_loss(statistics, wanted):
-    """How far a batch's statistics are from those that pictures left in layers without BatchNorm [ours].
+    """How far a batch's statistics are from those that pictures left in a teacher's layers [ours].
 
-        L_st = mean over layers of rms((mean - wanted mean) / σ) + rms((variance - wanted variance) / σ²)
-        σ² = wanted variance + 0.01 · its mean over the channels
+        L_st = average over layers of [rms((mean - wanted mean) / σ) + rms((var - wanted var) / σ²)]
+        σ² = wanted var + 0.01 · its average over the channels + 1e-12
 
-    Two lists as for `bn_loss` -> a scalar, at least 0. rms is the root of the mean square over the channels.
-    It has no unit, so that one weight may do for teachers of any scale. The second part of σ² is for channels
-    that hardly vary in the pictures.
+    Two lists as for `bn_loss` -> a scalar, at least 0; it is 0 if they are empty. rms is the root of the mean
+    square over the channels. The loss has no unit and does not grow with the number of layers, so that its
+    weight should depend little on the teacher. σ² has its other parts for channels that hardly vary.
     """
     total = 0
     for (mean, var), (wanted_mean, wanted_var) in zip(statistics, wanted, strict=True):
-        square = wanted_var + 0.01 * wanted_var.mean() + 1e-12
-        far = torch.linalg.vector_norm((mean - wanted_mean) / square.sqrt())
-        far = far + torch.linalg.vector_norm((var - wanted_var) / square)
-        total = total + far / len(mean) ** 0.5
+        sigma2 = wanted_var + 0.01 * wanted_var.mean() + 1e-12
+        far = torch.linalg.vector_norm((mean - wanted_mean) / sigma2.sqrt())
+        far = far + torch.linalg.vector_norm((var - wanted_var) / sigma2)
+        total = total + far / len(mean) ** 0.5                               # a norm / √channels is an rms
     return total / max(1, len(wanted))
 
 
@@ -199,22 +199,24 @@ def warped(pixels, strength):
     return F.grid_sample(pixels, F.affine_grid(maps, pixels.shape, align_corners=False), align_corners=False)
 
 
-# ------------------------------------------------------------- statistics for a teacher without BatchNorm
+# -------------------------------------------------- statistics of pictures, for a teacher without BatchNorm
 def find_statistics(teacher, data, settings):
     """The statistics that `statistics_loss` asks for, as --statistics-from says.
 
     photographs    those that two photographs, which come with scikit-learn, leave in the teacher's layers
-    folder:PATH    those that your pictures leave, at most 100 of all that are in the folder
+    folder:PATH    those that your pictures leave; if there are more than 100, those of 100 drawn at random
     auto           photographs, if the teacher has no BatchNorm and its images are in colour; else none
-    -> {layer of the teacher: (mean, variance) of its input}, each (channels,). Raises BadInput for another
-    word, for a folder without pictures, and for a damaged one.
+    The first two hold for a teacher with BatchNorm as well, beside `bn_loss`.
+    -> {layer of the teacher: (mean, variance) of its input}, each (channels,); empty for none. Raises
+    BadInput for another word, for a folder without pictures, for a damaged picture, and for a teacher in
+    which there are no layers to look at.
     """
     source = source_of_statistics(teacher, data, settings)
     if not source:
         return {}
-    with seeded(settings.seed):                        # so that a resumed run finds the same statistics
-        if source == "photographs":
-            pixels = photographs(1000 if max(data.image_shape) <= 64 else 100, data)
+    with seeded(settings.seed):            # the bank, the epochs and a resumed run get the same statistics
+        if source == "photographs":        # of large images fewer, to save memory
+            pixels = cut_outs(1000 if max(data.image_shape[1:]) <= 64 else 100, data)
         else:
             pixels = some_pictures(source, 100, data)
         return statistics_of(pixels, teacher, data, settings)
@@ -234,30 +236,38 @@ def source_of_statistics(teacher, data, settings):
 def statistics_of(pixels, teacher, data, settings):
     """What pictures leave in a teacher's layers: in place of what BatchNorm would remember [ours].
 
-    The pictures may show anything, but should be of the same kind as the teacher's data: photographs for a
-    teacher that has learned from photographs. They are shown in ten random batches, as the generator's images
-    are. The layers are the convolutions and linear layers, without the first, which sees the pictures.
-    Pixels (M, C, H, W) in [0, 1] -> {layer: (mean, variance) of its input}, each (channels,), means over the
-    batches
+    The pictures may show other things than the teacher's data, but should be of the same kind: photographs
+    for a teacher that has learned from photographs. Ten random batches of them are cropped, mirrored and
+    warped by `seen`, and are as large as the generator's batches, whose statistics they are compared with.
+    The layers are the convolutions and linear layers, without the first, which sees the pictures themselves.
+    Pixels (M, C, H, W) in [0, 1] -> {layer: (mean, variance) of its input}, each (channels,), averages over
+    the ten batches. The channels of a linear layer are its input features.
     """
     layers = [layer for layer in teacher.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     layers = [*probe(teacher, layers, data)][1:]                  # in the order in which a forward pass runs
+    if not layers:
+        raise BadInput("the teacher has no second convolution or linear layer, in which pictures could leave "
+                       "statistics; leave them out with --statistics 0")
     pixels, found = pixels.to(next(teacher.parameters()).device), []
     with frozen(teacher), recorded_statistics(layers) as statistics:
         for _ in range(10):
             rows = torch.randint(len(pixels), (settings.synthesis_batch_size,), device=pixels.device)
             teacher(seen(pixels[rows], data, settings))
-            found.append([torch.stack(statistics[layer]) for layer in layers])            # (2, channels) each
-    means = [torch.stack(batches).mean(0) for batches in zip(*found)]                     # (2, channels) each
-    return {layer: tuple(mean) for layer, mean in zip(layers, means)}
+            found.append([torch.stack(statistics[layer]) for layer in layers])   # one (2, channels) for each
+    averages = [torch.stack(of_layer).mean(0) for of_layer in zip(*found)]
+    return {layer: tuple(average) for layer, average in zip(layers, averages)}
 
 
-def photographs(n, data):
+def cut_outs(n, data):
     """n random cut-outs of the two photographs that come with scikit-learn, a temple and a flower.
 
-    -> pixels (n, C, H, W) in [0, 1]
+    -> pixels (n, C, H, W) in [0, 1]. Raises BadInput if scikit-learn is not installed.
     """
-    from sklearn.datasets import load_sample_images
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        raise BadInput("the two photographs come with scikit-learn, which is not installed; install it, or "
+                       "type --statistics-from folder:PATH or --statistics 0") from None
     whole = [torch.tensor(photo).permute(2, 0, 1) / 255 for photo in load_sample_images().images]
     cut = v2.RandomResizedCrop(data.image_shape[1:], scale=(0.02, 0.6))      # 2 to 60 % of its area
     return fit_pixels(torch.stack([cut(whole[number % len(whole)]) for number in range(n)]), data)
@@ -304,7 +314,7 @@ class Generator(nn.Module):
 
 # --------------------------------------------------------------------------------------- the bank, by batches
 def synthesize(generator, teacher, data, settings, total_steps, wanted):
-    """Make one batch: fit the generator and its z for a few steps. `wanted` is what `find_statistics` found.
+    """Make one batch: fit the generator and its z for a few steps. `wanted`: see `find_statistics`.
 
     The generator is trained in place and goes on from where the batch before left it, except for its first
     layer: that layer, z and Adam start anew, so that the new batch differs from the one before. Without
@@ -329,6 +339,7 @@ def synthesize(generator, teacher, data, settings, total_steps, wanted):
             teacher_logits = teacher(seen(pixels, data, settings))                        # (N, K)
             loss_oh = one_hot_loss(teacher_logits, targets)
             loss_bn = bn_loss([statistics[layer] for layer in layers], running)          # 0 without layers
+            # 0 if nothing is wanted
             loss_statistics = statistics_loss([statistics[layer] for layer in wanted], [*wanted.values()])
             # of the images before `seen` changes them, because it is these that shall be like real ones
             loss_contrast = contrast_loss(normalize(pixels, data)) if contrast else 0
@@ -373,9 +384,10 @@ def mixed(images):
 
 @seeded_and_checked
 def distill(teacher, student, data, settings, run=None, bank=None):
-    """Train `student` in place on images that are made from `teacher`. No real image is used.
+    """Train `student` in place on images that are made from `teacher`. None of the teacher's data is used.
 
-    teacher    any classifier; it is not changed. If it has no BatchNorm, see notes 9 and 12
+    teacher    any classifier; it is not changed. If it has no BatchNorm, see notes 9 and 12: for images in
+               colour, photographs tell the generator which statistics to aim at
     student    any classifier
     data       a DataSpec: image shape, number of classes, normalisation, augmentation
     run        writes log and checkpoints; main() passes one, your own code need not
@@ -437,7 +449,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
 
 
 # The settings that shape the first part of the bank. A bank that was made with other values of these is
-# refused; --bank names another folder.
+# refused, as is one that was made with other pictures; --bank names another folder.
 OF_BANK = ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps", "keep_generator",
            "lr_generator", "latent_dim", "oh", "bn", "statistics", "statistics_from", "contrast", "detail",
            "warp")
@@ -454,21 +466,22 @@ def main(argv=None):
                        "gradient; leave --deterministic out")
     teacher, student = load_networks(options, settings, data)
     source = source_of_statistics(teacher, data, settings)
-    pictures = real_pictures(source)[2] if source.startswith("folder:") else ""
+    # the bank is refused if the folder's files are others than when it was made
+    _, _, fingerprint = real_pictures(source) if source.startswith("folder:") else (0, None, "")
     run = Run(options, settings, teacher, student, data)
     if settings.contrast and not any(data.mean):
         run.note("the contrast term is off: with mean 0 the DataSpec does not say how bright the data is")
     if settings.contrast and set(data.mean) == {0.5}:
         run.note("the images are made with the mean and deviation of the DataSpec; if these are not the "
                  "data's, stop and add --contrast 0 and a --bank of its own")
-    folder = options.bank or f"checkpoints/{options.teacher_name}.plain-bank-seed{settings.seed}"
-    bank = run.reuse("bank", folder, OF_BANK, lambda stage: synthesize_bank(teacher, data, settings, stage),
-                     pictures=pictures)
     if settings.bn and not batchnorms(teacher, data):
         run.note(f"the BatchNorm term is off: {why_no_batchnorm(teacher)}")
     if source == "photographs":
-        run.note("the images get the statistics of two photographs; a hundred of your own, of anything, are "
-                 "better: --statistics-from folder:PATH, and a --bank of its own")
+        run.note("the images get the statistics of two photographs; if you have a hundred, also of other "
+                 "things than the teacher knows, stop and add --statistics-from folder:PATH and a --bank")
+    folder = options.bank or f"checkpoints/{options.teacher_name}.plain-bank-seed{settings.seed}"
+    bank = run.reuse("bank", folder, OF_BANK, lambda stage: synthesize_bank(teacher, data, settings, stage),
+                     pictures=fingerprint)
     distill(teacher, student, data, settings, run, bank)
     run.finish()
 
@@ -504,14 +517,15 @@ if __name__ == "__main__":
 #     images look like woven cloth otherwise. Trials on MNIST: with a CNN (teacher 99.14 %), 94.96 became
 #     97.82 %, but the student's optimizer and mixtures had changed as well. A vision transformer (97.20) gave
 #     91.76 %, and a LeNet-5 with BatchNorm (99.04) 97.94. In colour they helped little (note 12).
-# 10. The three settings were tried on grey images with a black background alone; --warp moves black in.
-#     --contrast takes the DataSpec at its word. Where mean and deviation are not those of all pixels (0.5 and
-#     0.5 are a habit, and CIFAR-10's usual deviations are too small), use --contrast 0. Each of the three
-#     needs a --bank of its own.
-# 11. The student's structure matters. A trial on MNIST with a CNN as teacher (99.04 %): a student of the
-#     same structure with half of the channels, 43,162 weights, reaches 98.92 %. In colour it did not help:
-#     with a network with GroupNorm, half of it ends at 38.00 %, a WRN-16-1 at 51.51 (test images, one seed).
-# 12. Statistics of photographs (--statistics-from). With a network with GroupNorm (84.19 % on CIFAR-10), a
-#     WRN-16-1 ends at 49.37 % without them, at 51.51 with coarse images instead, at 63.40 with those of two
-#     photographs that come with scikit-learn, and at 72.72 with those of a hundred of CIFAR-100's (test
-#     images, one seed, bf16). --statistics 0 switches them off.
+# 10. --detail, --warp and --contrast were tried only on grey images with a black background; --warp brings
+#     black in at the borders. --contrast takes the DataSpec at its word. Where mean and deviation are not
+#     those of all pixels (0.5 is a habit, and CIFAR-10's usual deviations are too small), use --contrast
+#     0. Each of the three needs a --bank of its own.
+# 11. A student of the teacher's structure, half as wide. MNIST, a CNN (99.04 %), one trial: it reaches 98.92
+#     %; half a LeNet-5 reached 97.82, with the same CNN from another training. CIFAR-10, a teacher with
+#     GroupNorm, coarse images: it ends at 38.00 %, a WRN-16-1 at 51.51 (test images, one seed). The students'
+#     sizes differ as well.
+# 12. Statistics of photographs. Teacher with GroupNorm (84.19 % on CIFAR-10), student WRN-16-1, one seed:
+#     49.37 % without them, 63.40 with two photographs, 72.72 with a hundred of CIFAR-100, which are much like
+#     CIFAR-10's. The weight was chosen with it. With a LayerNorm teacher (83.20), for which nothing was
+#     chosen: 54.52, 67.12, 72.98. Photographs of a phone, and images that are none, were not tried.

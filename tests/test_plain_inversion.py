@@ -265,7 +265,7 @@ def test_where_the_statistics_come_from(in_tmp):
 def test_photographs_are_cut_out_in_the_shape_of_the_data():
     torch.manual_seed(0)
     for shape in ((3, 32, 32), (1, 20, 28)):
-        pixels = plain_inversion.photographs(6, common.DataSpec(shape, 10, (0.5,) * shape[0],
+        pixels = plain_inversion.cut_outs(6, common.DataSpec(shape, 10, (0.5,) * shape[0],
                                                                 (0.5,) * shape[0]))
         assert pixels.shape == (6, *shape) and 0 <= pixels.min() < 0.2 and 0.8 < pixels.max() <= 1
         assert pixels.flatten(1).std(0).min() > 0                            # they differ
@@ -274,7 +274,7 @@ def test_photographs_are_cut_out_in_the_shape_of_the_data():
 def test_images_get_the_statistics_that_they_are_asked_for():
     torch.manual_seed(0)
     teacher, distance = Colour(), {}
-    wanted = plain_inversion.statistics_of(plain_inversion.photographs(200, COLOUR), teacher, COLOUR,
+    wanted = plain_inversion.statistics_of(plain_inversion.cut_outs(200, COLOUR), teacher, COLOUR,
                                            tiny_settings(plain_inversion))
     for weight in (0.0, 3.0):
         settings = tiny_settings(plain_inversion, statistics=weight, synthesis_batch_size=50)
