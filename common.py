@@ -160,7 +160,7 @@ def augment(pixels, data):
 # -------------------------------------------------------------------------------- 2. looking inside a network
 @contextlib.contextmanager
 def _recorded(modules, what):
-    """Inside the block, forward passes leave what(module, input) of each module; no hook is left after it."""
+    """Inside the block, each pass through a module leaves what(module, input); no hook is left after it."""
     seen, handles = {}, []
 
     def keep(module, positional, named):
@@ -188,8 +188,8 @@ def recorded_inputs(modules):
 def recorded_statistics(modules):
     """`with recorded_statistics(layers) as seen: model(images)`; then seen[layer] = (mean, variance).
 
-    Both are (channels,), float32, of the layer's *input* over (N, H, W), and keep their graph. The channels
-    of a linear layer's input are its last dimension, those of any other layer's the second.
+    Both are (channels,), float32, of the layer's *input* over all its other dimensions, and keep their graph.
+    The channels of a linear layer's input are its last dimension. Those of other layers are the second.
     """
     return _recorded(modules, lambda module, x: Moments.apply(
         x.movedim(-1, 1) if isinstance(module, nn.Linear) else x))
@@ -746,7 +746,8 @@ def real_pictures(name, data_dir="data"):
         (pixels, _, scale), _ = load_dataset(name, True, data_dir)
         return len(pixels), lambda rows, size: pixels[rows] / scale, ""
     path, kinds = name.removeprefix("folder:"), torchvision.datasets.folder.IMG_EXTENSIONS
-    names = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in kinds) if path else []
+    names = [file for file in Path(path).rglob("*") if file.suffix.lower() in kinds and file.is_file()]
+    names = sorted(names) if path else []
     if not names:
         raise BadInput(f"there is no picture in folder '{path}'; name one with {', '.join(kinds)} files")
 
@@ -764,7 +765,10 @@ def real_pictures(name, data_dir="data"):
 
 
 def some_pictures(name, n, data):
-    """At most n of these pictures, at random, in the shape of the data: pixels (n, C, H, W) in [0, 1]."""
+    """At most n of the pictures `name` of `real_pictures`, at random: pixels (n, C, H, W) in [0, 1].
+
+    Each is shrunk, cut to its middle square, and given the shape of the data.
+    """
     available, read, _ = real_pictures(name)
     return fit_pixels(read(torch.randperm(available)[:n], max(data.image_shape[1:])), data)
 

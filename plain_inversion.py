@@ -208,8 +208,8 @@ def find_statistics(teacher, data, settings):
     auto           photographs, if the teacher has no BatchNorm and its images are in colour; else none
     The first two hold for a teacher with BatchNorm as well, beside `bn_loss`.
     -> {layer of the teacher: (mean, variance) of its input}, each (channels,); empty for none. Raises
-    BadInput for another word, for a folder without pictures, for a damaged picture, and for a teacher in
-    which there are no layers to look at.
+    BadInput if --statistics-from names something else, if a folder has no picture or a drawn one is damaged,
+    and if named pictures leave no statistics.
     """
     source = source_of_statistics(teacher, data, settings)
     if not source:
@@ -219,11 +219,18 @@ def find_statistics(teacher, data, settings):
             pixels = cut_outs(1000 if max(data.image_shape[1:]) <= 64 else 100, data)
         else:
             pixels = some_pictures(source, 100, data)
-        return statistics_of(pixels, teacher, data, settings)
+        found = statistics_of(pixels, teacher, data, settings)
+    if not found and settings.statistics_from != "auto":
+        raise BadInput(f"the pictures of --statistics-from {source} leave no statistics in the teacher: they "
+                       "are all alike, or it has no second convolution or linear layer; type --statistics 0")
+    return found
 
 
 def source_of_statistics(teacher, data, settings):
-    """What --statistics-from stands for with this teacher: photographs, folder:PATH, or "" for none."""
+    """What --statistics-from stands for with this teacher: photographs, folder:PATH, or "" for none.
+
+    Raises BadInput if it is something else.
+    """
     source = settings.statistics_from
     if source not in ("auto", "photographs") and not source.startswith("folder:"):
         raise BadInput(f"unknown --statistics-from '{source}'; choose from auto, photographs or folder:PATH")
@@ -239,23 +246,26 @@ def statistics_of(pixels, teacher, data, settings):
     The pictures may show other things than the teacher's data, but should be of the same kind: photographs
     for a teacher that has learned from photographs. Ten random batches of them are cropped, mirrored and
     warped by `seen`, and are as large as the generator's batches, whose statistics they are compared with.
-    The layers are the convolutions and linear layers, without the first, which sees the pictures themselves.
+    The layers are the convolutions and linear layers, without the first, which sees the pictures themselves,
+    and without those that do not run for every batch or whose input hardly varies in these pictures.
     Pixels (M, C, H, W) in [0, 1] -> {layer: (mean, variance) of its input}, each (channels,), averages over
     the ten batches. The channels of a linear layer are its input features.
     """
     layers = [layer for layer in teacher.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    layers = [*probe(teacher, layers, data)][1:]                  # in the order in which a forward pass runs
-    if not layers:
-        raise BadInput("the teacher has no second convolution or linear layer, in which pictures could leave "
-                       "statistics; leave them out with --statistics 0")
-    pixels, found = pixels.to(next(teacher.parameters()).device), []
+    inputs = probe(teacher, layers, data)                         # in the order in which a forward pass runs
+    layers = [layer for layer in [*inputs][1:] if inputs[layer].dim() > 1]
+    pixels, found = pixels.to(next(teacher.parameters()).device), {layer: [] for layer in layers}
     with frozen(teacher), recorded_statistics(layers) as statistics:
         for _ in range(10):
+            statistics.clear()
             rows = torch.randint(len(pixels), (settings.synthesis_batch_size,), device=pixels.device)
             teacher(seen(pixels[rows], data, settings))
-            found.append([torch.stack(statistics[layer]) for layer in layers])   # one (2, channels) for each
-    averages = [torch.stack(of_layer).mean(0) for of_layer in zip(*found)]
-    return {layer: tuple(average) for layer, average in zip(layers, averages)}
+            for layer in statistics:
+                found[layer].append(torch.stack(statistics[layer]))                       # (2, channels)
+    averages = {layer: tuple(torch.stack(of_layer).mean(0)) for layer, of_layer in found.items()
+                if len(of_layer) == 10}
+    return {layer: (mean, var) for layer, (mean, var) in averages.items()
+            if var.mean() > 1e-6 * mean.square().mean()}
 
 
 def cut_outs(n, data):
@@ -336,11 +346,13 @@ def synthesize(generator, teacher, data, settings, total_steps, wanted):
     with frozen(teacher), recorded_statistics([*layers, *wanted]) as statistics:
         for _ in steps(total_steps, "synthesis"):
             pixels = generator(z)                                            # (N, L) -> (N, C, H, W)
+            statistics.clear()
             teacher_logits = teacher(seen(pixels, data, settings))                        # (N, K)
             loss_oh = one_hot_loss(teacher_logits, targets)
             loss_bn = bn_loss([statistics[layer] for layer in layers], running)          # 0 without layers
-            # 0 if nothing is wanted
-            loss_statistics = statistics_loss([statistics[layer] for layer in wanted], [*wanted.values()])
+            there = [layer for layer in wanted if layer in statistics]       # all, if all of them ran
+            loss_statistics = statistics_loss([statistics[layer] for layer in there],
+                                              [wanted[layer] for layer in there])         # 0 without layers
             # of the images before `seen` changes them, because it is these that shall be like real ones
             loss_contrast = contrast_loss(normalize(pixels, data)) if contrast else 0
             loss = (settings.oh * loss_oh + settings.bn * loss_bn + settings.statistics * loss_statistics
@@ -451,8 +463,7 @@ def distill(teacher, student, data, settings, run=None, bank=None):
 # The settings that shape the first part of the bank. A bank that was made with other values of these is
 # refused, as is one that was made with other pictures; --bank names another folder.
 OF_BANK = ("seed", "synthesis_batch_size", "bank_rounds", "bank_synthesis_steps", "keep_generator",
-           "lr_generator", "latent_dim", "oh", "bn", "statistics", "statistics_from", "contrast", "detail",
-           "warp")
+           "lr_generator", "latent_dim", "oh", "bn", "contrast", "detail", "warp")
 
 
 @command_line
@@ -466,8 +477,11 @@ def main(argv=None):
                        "gradient; leave --deterministic out")
     teacher, student = load_networks(options, settings, data)
     source = source_of_statistics(teacher, data, settings)
-    # the bank is refused if the folder's files are others than when it was made
-    _, _, fingerprint = real_pictures(source) if source.startswith("folder:") else (0, None, "")
+    pictures = {}                          # a bank of other pictures is refused, as is one of other settings
+    if find_statistics(teacher, data, settings):
+        pictures = dict(statistics=settings.statistics, statistics_from=source)
+    if source.startswith("folder:"):
+        _, _, pictures["pictures"] = real_pictures(source)
     run = Run(options, settings, teacher, student, data)
     if settings.contrast and not any(data.mean):
         run.note("the contrast term is off: with mean 0 the DataSpec does not say how bright the data is")
@@ -476,12 +490,12 @@ def main(argv=None):
                  "data's, stop and add --contrast 0 and a --bank of its own")
     if settings.bn and not batchnorms(teacher, data):
         run.note(f"the BatchNorm term is off: {why_no_batchnorm(teacher)}")
-    if source == "photographs":
+    if pictures and source == "photographs":
         run.note("the images get the statistics of two photographs; if you have a hundred, also of other "
                  "things than the teacher knows, stop and add --statistics-from folder:PATH and a --bank")
     folder = options.bank or f"checkpoints/{options.teacher_name}.plain-bank-seed{settings.seed}"
     bank = run.reuse("bank", folder, OF_BANK, lambda stage: synthesize_bank(teacher, data, settings, stage),
-                     pictures=fingerprint)
+                     **pictures)
     distill(teacher, student, data, settings, run, bank)
     run.finish()
 

@@ -348,24 +348,34 @@ def inspect_network(name):
 
 
 def compare_students(teacher, students, pictures):
-    """How often students name the same class as their teacher in pictures of anything, the best one first.
+    """How often students name the same class as their teacher in pictures of anything, by how often.
 
     `teacher` as --teacher takes it; `students`: their files or run folders; `pictures`: folder:PATH, of which
-    at most 1,000 are looked at, always the same ones. No label is needed.   -> lines of text
-    Raises BadInput for a file that cannot be used, and for a student of another teacher.
+    at most 1,000 are looked at, or 200 of more than 64x64 pixels, always the same ones. No label is needed.
+    -> lines of text. Raises BadInput for a file or folder that cannot be used, for a student of another
+    teacher, and for students that were given images of another shape, mean or deviation.
     """
+    if not pictures.startswith("folder:"):
+        raise BadInput(f"--pictures {pictures} is no folder; type --pictures folder:{pictures}")
     files = [Path(name, "student.pt") if Path(name).is_dir() else Path(name) for name in students]
+    for file in files:
+        if not file.is_file():
+            raise BadInput(f"there is no student {file}; name the folder of a run that has ended")
     found = [read_classifier(file) for file in files]
     data, own = DataSpec(**found[0]["data"]), found[0]["dataset"]
     if ":" in teacher and not is_file_name(teacher):
-        network = from_function(teacher, data.num_classes, pretrained=True)[0].eval()
+        network, spec = from_function(teacher, data.num_classes, pretrained=True)
     else:
-        network, _ = load_classifier(teacher if is_file_name(teacher) else teacher_path(own, teacher))
+        network, spec = load_classifier(teacher if is_file_name(teacher) else teacher_path(own, teacher))
     for file, content in zip(files, found):
         if content.get("teacher_sha256") != digest(network.state_dict()):
             raise BadInput(f"{file} is no student of {teacher}; compare students of one teacher")
+        if DataSpec(**content["data"]) != (spec or data):
+            raise BadInput(f"{file} was taught with another DataSpec than that of {teacher} or {files[0]}; "
+                           "compare students of one teacher and one DataSpec")
     with seeded(0):
-        images = ImageSet(some_pictures(pictures, 1000, data), None, 1)
+        images = some_pictures(pictures, 1000 if max(data.image_shape[1:]) <= 64 else 200, data)
+    images = ImageSet(images, None, 1)
     answers = predict(network, images, data)
     scores = {file: agreement(predict(load_classifier(file)[0], images, data), answers) for file in files}
     return [f"agreement with {teacher} on {len(answers)} pictures of {pictures}",

@@ -36,7 +36,7 @@ OF_ANY_RUN = {"dataset": None, "device": "cpu", "precision": "fp32"}   # results
 # Settings that are younger than some logs, with what the code did before it had them.
 YOUNG = dict(visits=1, mixup=False, keep_generator=False, teacher_statistics="running",
              optimizer="sgd", contrast=0.0, detail=1, warp=0.0,
-             # no effect for teachers with BatchNorm or of grey images: those of all older logs but three
+             # no effect for teachers with BatchNorm or of grey images; `as_now` sees to the others
              statistics=10.0, statistics_from="auto")
 # The rows of the race on MNIST that are repeated with the teachers of foreign.py
 WITH_FOREIGN_TEACHERS = ("rdskd", "dafl", "plain-inversion", "cudfkd", "csd", "surrogate-leaves", "mskd",
@@ -71,6 +71,9 @@ def as_now(start):
         return start
     arguments = dict(start["arguments"])
     out = arguments["out"].replace("-ledger/", "-readings/").replace("/csd-plain", "/plain-inversion")
+    if "race-cifar10-group-norm/plain" in out and "statistics" not in arguments:
+        arguments["statistics"] = 0.0                          # there was no such term yet
+        start = {**start, "changed": {**start["changed"], "statistics": 0.0}}
     if (start["method"], arguments["preset"]) == ("csd", "cifar10-cpu-plain"):
         start, arguments["preset"] = {**start, "method": "plain_inversion"}, "cifar10-cpu"
     return {**start, "arguments": {**arguments, "out": out}}

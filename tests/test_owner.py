@@ -385,11 +385,15 @@ def test_students_are_compared_on_pictures_of_anything(teacher_file, in_tmp, cap
     running.main([*command, "folder:photos"])
     assert capsys.readouterr().out == said                     # always the same pictures
     running.save_classifier("runs/third/student.pt", other, "wrn10_1", data, "digits", teacher_sha256="x")
+    running.save_classifier("runs/fourth/student.pt", other, "wrn10_1", data._replace(mean=(0.1,)), "digits",
+                            teacher_sha256=running.digest(teacher.state_dict()))
     for argv, words in (([*command, "folder:none"], "no picture in folder none"), (command[:3], "--pictures"),
                         (["--compare", str(teacher_file), "--pictures", "folder:photos"], "its students"),
                         (["--compare", str(teacher_file), "runs/third", "--pictures", "folder:photos"],
-                         "no student of"), ([*command[:2], "runs/nobody", *command[4:], "folder:photos"],
-                                            "no teacher file runs/nobody")):
+                         "no student of"),
+                        ([*command[:2], "runs/nobody", *command[4:], "folder:photos"], "no student runs/nob"),
+                        ([*command[:3], "runs/fourth", *command[4:], "folder:photos"], "another DataSpec"),
+                        ([*command, "photos"], "type --pictures folder:photos")):
         assert words in refused(running, argv, capsys)
 
 

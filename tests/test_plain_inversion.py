@@ -227,14 +227,12 @@ def test_statistics_of_pictures_are_those_of_the_layers_inputs():
     torch.manual_seed(0)
     teacher, pixels, settings = Colour(), torch.rand(1, 3, 16, 16), tiny_settings(plain_inversion)
     found = plain_inversion.statistics_of(pixels, teacher, COLOUR, settings)     # of one picture
-    assert [*found] == [teacher.second, teacher.mix, teacher.out]            # as they run, without the first
+    assert [*found] == [teacher.second, teacher.mix]           # as they run; the last sees a single vector
     x = teacher.first((pixels - torch.tensor(COLOUR.mean).view(3, 1, 1))
                       / torch.tensor(COLOUR.std).view(3, 1, 1)).relu()
     maps = teacher.second(x).relu()
     places = maps.permute(0, 2, 3, 1).flatten(0, 2)                          # (16, 6)
-    vector = teacher.mix(places).relu().mean(0)
-    for layer, values in ((teacher.second, x[0].flatten(1).T), (teacher.mix, places),
-                          (teacher.out, vector[None])):
+    for layer, values in ((teacher.second, x[0].flatten(1).T), (teacher.mix, places)):
         near6(found[layer][0], values.mean(0)), near6(found[layer][1], values.var(0, unbiased=False))
     # of many pictures, the means over batches
     many = plain_inversion.statistics_of(torch.rand(500, 3, 16, 16), teacher, COLOUR, settings)
@@ -269,6 +267,34 @@ def test_photographs_are_cut_out_in_the_shape_of_the_data():
                                                                 (0.5,) * shape[0]))
         assert pixels.shape == (6, *shape) and 0 <= pixels.min() < 0.2 and 0.8 < pixels.max() <= 1
         assert pixels.flatten(1).std(0).min() > 0                            # they differ
+
+
+def test_layers_that_say_nothing_are_left_out(in_tmp):
+    """Those that see one vector for all images, that do not run for every batch, or that never vary."""
+    class Odd(Colour):
+        def __init__(self):
+            super().__init__()
+            self.token, self.expert, self.calls = nn.Linear(4, 4), nn.Linear(10, 10), 0
+
+        def forward(self, x):
+            self.calls += 1
+            answer = super().forward(x) + self.token(torch.ones(4)).mean()
+            return answer + self.expert(answer) if self.calls % 2 else answer
+    torch.manual_seed(0)
+    teacher, settings = Odd(), tiny_settings(plain_inversion, synthesis_batch_size=8)
+    found = plain_inversion.statistics_of(torch.rand(50, 3, 16, 16), teacher, COLOUR, settings)
+    assert {*found} == {teacher.second, teacher.mix, teacher.out}
+    pixels, _, losses = plain_inversion.synthesize(plain_inversion.Generator(6, COLOUR.image_shape), teacher,
+                                                   COLOUR, settings, 4, {**found, teacher.expert: (
+                                                       torch.zeros(10), torch.ones(10))})
+    assert pixels.isfinite().all() and losses["loss_statistics"] < 100
+    black = plain_inversion.statistics_of(torch.zeros(1, 3, 16, 16), teacher, COLOUR, settings)
+    assert teacher.out not in black                            # the same in all images: only rounding varies
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    assert plain_inversion.find_statistics(flat, COLOUR, settings) == {}
+    with pytest.raises(common.BadInput, match="leave no statistics"):
+        plain_inversion.find_statistics(flat, COLOUR, tiny_settings(plain_inversion,
+                                                                    statistics_from="photographs"))
 
 
 def test_images_get_the_statistics_that_they_are_asked_for():
