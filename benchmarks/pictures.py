@@ -21,6 +21,7 @@
 import functools
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from statistics import mean
@@ -145,7 +146,8 @@ def samples(run):
 def side_by_side(runs, each=4):
     """-> a PIL picture: the first `each` images of a class of each run, its method's name above.
 
-    Where all runs are of one method, the teachers' names are above.
+    Where all runs are of one method, the teachers' names are above; of one teacher, that in which the names
+    of the run folders differ.
     """
     from PIL import Image, ImageDraw
     logs = [read_log(run) for run in runs]
@@ -160,6 +162,9 @@ def side_by_side(runs, each=4):
     names = [rows[0]["method"] for rows in logs]
     if len({*names}) == 1:
         names = [Path(rows[0]["arguments"]["teacher"]).stem for rows in logs]
+    if len({*names}) == 1 < len(names):
+        names = [Path(run).name for run in runs]
+        names = [name.removeprefix(os.path.commonprefix(names)) for name in names]
     for place, (sheet, name) in enumerate(zip(sheets, names)):
         left = labels + place * (block + 8)
         picture.paste(sheet.crop((labels, 0, labels + block, height)), (left, top))

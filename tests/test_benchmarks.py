@@ -320,6 +320,10 @@ def test_side_by_side_names_methods_or_the_teachers_of_one_method(teacher_file, 
     assert drawn == ["dafl", "rdskd"]
     drawn.clear(), pictures.side_by_side(["a", "b"])
     assert drawn == [Path(teacher_file).stem, "other"]
+    Path("c").rename("row-c"), Path("a").rename("row-a")
+    monkeypatch.setattr(pictures, "read_log", lambda run: [rows_of("row-a")[0]])          # of one teacher
+    drawn.clear(), pictures.side_by_side(["row-a", "row-c"])
+    assert drawn == ["a", "c"]
 
 
 def test_numbers_are_moved_apart_as_little_as_needed():

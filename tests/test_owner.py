@@ -360,8 +360,9 @@ def test_the_front_pages_own_teacher(tmp_path):
     assert (tmp_path / "runs/plain_inversion-mine-001/student.pt").exists()
     script, *flags = compare.replace("runs/one", "runs/plain_inversion-mine-001").replace(
         "runs/other", "runs/surrogate_kd-mine-001").split()[1:]
+    shutil.copytree(tmp_path / "photos", tmp_path / "other-photos")
     first, *students = run([ROOT / script], *flags).splitlines()
-    assert first == "agreement with mine:teacher on 12 pictures of folder:photos" and len(students) == 2
+    assert first == "agreement with mine:teacher on 12 pictures of folder:other-photos" and len(students) == 2
     assert "torch" not in run(["-c", python + lines + "\nprint(classes.shape[0])"])
 
 
