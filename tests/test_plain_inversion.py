@@ -1,5 +1,6 @@
 """plain_inversion.py: all of distill written anew, from the same draws; what a kept generator keeps."""
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -326,6 +327,13 @@ def test_a_folder_of_pictures_in_colour(in_tmp, capsys):
         Image.fromarray((255 * torch.rand(20, 30, 3)).byte().numpy()).save(f"mine/{name}.png")
     plain_inversion.main([*argv, "--statistics-from", "folder:mine", "--out", "one"])
     assert all(row["loss_statistics"] > 0 for row in rows_of("one") if row["event"] == "epoch")
+    shutil.copytree("mine", "yours")
+    for flags, words in (("--statistics-from folder:mine --statistics 5", "statistics = 10.0"),
+                         ("--statistics-from folder:yours", "statistics_from = folder:mine"),
+                         ("--statistics 0", "statistics = 10.0")):
+        with pytest.raises(SystemExit):
+            plain_inversion.main([*argv, *flags.split(), "--out", f"not {flags}"])
+        assert f"was made with {words}" in capsys.readouterr().err
     Path("mine/c.png").unlink()
     with pytest.raises(SystemExit):
         plain_inversion.main([*argv, "--statistics-from", "folder:mine", "--out", "two"])
