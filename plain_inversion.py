@@ -535,11 +535,11 @@ if __name__ == "__main__":
 #     black in at the borders. --contrast takes the DataSpec at its word. Where mean and deviation are not
 #     those of all pixels (0.5 is a habit, and CIFAR-10's usual deviations are too small), use --contrast
 #     0. Each of the three needs a --bank of its own.
-# 11. A student of the teacher's structure, half as wide. MNIST, a CNN (99.04 %), one trial: it reaches 98.92
-#     %; half a LeNet-5 reached 97.82, with the same CNN from another training. CIFAR-10, a teacher with
-#     GroupNorm, coarse images: it ends at 38.00 %, a WRN-16-1 at 51.51 (test images, one seed). The students'
-#     sizes differ as well.
-# 12. Statistics of photographs. Teacher with GroupNorm (84.19 % on CIFAR-10), student WRN-16-1, one seed:
-#     49.37 % without them, 63.40 with two photographs, 72.72 with a hundred of CIFAR-100, which are much like
-#     CIFAR-10's. The weight was chosen with it. With a LayerNorm teacher (83.20), for which nothing was
-#     chosen: 54.52, 67.12, 72.98. Photographs of a phone, and images that are none, were not tried.
+# 11. A student of the teacher's structure, half as wide. With a CNN on MNIST (99.04 %) it reaches 98.92 % in
+#     one trial. Half a LeNet-5 reached 97.82, with that CNN from another training. With a network with
+#     GroupNorm on CIFAR-10, and coarse images, it ends at 38.00 %, and a WRN-16-1 at 51.51 (test images, one
+#     seed). The students' sizes differ as well.
+# 12. Statistics of photographs. With a GroupNorm teacher (84.19 % on CIFAR-10), WRN-16-1 ends at 49.37 %
+#     without them, at 63.40 with two photographs and at 72.72 with a hundred of CIFAR-100's, which are much
+#     like CIFAR-10's (one seed, bf16). The weight was chosen there. With a LayerNorm teacher (83.20), for
+#     which nothing was chosen, it is 54.52, 67.12 and 72.98. Photographs of another kind were not tried.

@@ -386,4 +386,4 @@ if __name__ == "__main__":
 # 12. The student's structure. In trials on MNIST, half of the preset's epochs with a CNN as teacher (99.0 %),
 #     it mattered more than the size: half a LeNet-5 (15,738 weights) reaches 82.20 %, a whole one (61,706)
 #     84.84, and half the CNN itself (43,162) 94.32. With an MLP-Mixer, half a LeNet-5 ends at 71.51 %, half
-#     the Mixer at 97.17. agreement_made: on this share of the shown images both name the same class.
+#     the Mixer at 97.17. In the log, agreement_made is how often both name the same class in made images.

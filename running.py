@@ -348,12 +348,12 @@ def inspect_network(name):
 
 
 def compare_students(teacher, students, pictures):
-    """How often students name the same class as their teacher in pictures of anything, by how often.
+    """How often students name the same class as their teacher in pictures of anything.
 
     `teacher` as --teacher takes it; `students`: their files or run folders; `pictures`: folder:PATH, of which
     at most 1,000 are looked at, or 200 of more than 64x64 pixels, always the same ones. No label is needed.
-    -> lines of text. Raises BadInput for a file or folder that cannot be used, for a student of another
-    teacher, and for students that were given images of another shape, mean or deviation.
+    -> lines of text, the highest agreement first. Raises BadInput for a file or folder that cannot be used,
+    for a student of another teacher, and for one that was taught with another DataSpec.
     """
     if not pictures.startswith("folder:"):
         raise BadInput(f"--pictures {pictures} is no folder; type --pictures folder:{pictures}")

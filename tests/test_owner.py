@@ -173,7 +173,7 @@ def test_inspect_names_the_methods_that_can_make_such_images(mine, capsys):
     running.main(["--inspect", "wide:teacher"])
     assert "can use it: plain_inversion, rdskd, dafl, cudfkd, deepinversion" in capsys.readouterr().out
     (mine / "tens.py").write_text(MINE.replace("(1, 8, 8)", "(1, 10, 10)").replace("8 * 4 * 4", "8 * 5 * 5"))
-    running.main(["--inspect", "tens:teacher"])              # the papers' generators double twice
+    running.main(["--inspect", "tens:teacher"])                # the papers' generators double twice
     assert "can use it: plain_inversion, deepinversion" in capsys.readouterr().out
     assert "return network, DataSpec(...)" in refused(running, ["--inspect", "wide:alone"], capsys)
 
