@@ -740,7 +740,8 @@ def real_pictures(name, data_dir="data"):
 
     -> how many there are; read(rows, size) -> pixels (n, C, H, W) in [0, 1]; a text that changes if a file is
     added, renamed or has another length
-    Raises BadInput as `load_dataset` does, for a folder without pictures, and for a damaged picture.
+    Raises BadInput as `load_dataset` does, for a folder without pictures, and for a picture that is damaged or
+    has 16 bits for a grey level.
     """
     if not name.startswith("folder:"):
         (pixels, _, scale), _ = load_dataset(name, True, data_dir)
@@ -756,12 +757,23 @@ def real_pictures(name, data_dir="data"):
         found = []
         for row in rows:
             try:
-                found.append(cut(torchvision.datasets.folder.pil_loader(names[row])))
+                found.append(cut(_read_picture(names[row])))
+            except BadInput:
+                raise
             except Exception as error:      # PIL raises many kinds of exception for what it cannot read
                 raise BadInput(f"{names[row]} is no whole image ({error})") from None
         return torch.stack(found) / 255
     content = repr([(str(file), file.stat().st_size) for file in names])
     return len(names), read, hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _read_picture(path, mode="RGB"):
+    """A picture file in this mode of PIL. A conversion of 16 bits to 8 would turn most grey levels white."""
+    from PIL import Image
+    with Image.open(path) as picture:
+        if picture.mode[0] in "IF":                                          # integers or floats
+            raise BadInput(f"{path} has more than 8 bits for a grey level; save it with 8")
+        return picture.convert(mode)
 
 
 def some_pictures(name, n, data):
@@ -807,7 +819,7 @@ def _all_grey(files):
     def mode(file):
         with Image.open(file) as image:
             return image.mode
-    return all(mode(file) in ("1", "L", "I", "I;16", "F") for file in files)
+    return all(mode(file) in ("1", "L") for file in files)
 
 
 def _read_folder(name, train, device):
@@ -824,8 +836,8 @@ def _read_folder(name, train, device):
             resize = [v2.Resize(int(size)), v2.CenterCrop(int(size))]
         try:
             found = torchvision.datasets.ImageFolder(root, v2.Compose([*resize, v2.PILToTensor()]))
-            if _all_grey(file for file, _ in found.samples):
-                found.loader = lambda file: torchvision.datasets.folder.pil_loader(file).convert("L")
+            grey = _all_grey(file for file, _ in found.samples)
+            found.loader = functools.partial(_read_picture, mode="L" if grey else "RGB")
             if len(found.classes) < 2:
                 raise BadInput(f"{root} holds one class folder; at least two are needed")
             return torch.stack([image for image, _ in found]), torch.tensor(found.targets), found.classes

@@ -27,7 +27,8 @@ from running import Parser, command_line, number_type
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {"cifar10": ("cifar10-val", "wrn16_2"), "mnist": ("mnist-val", "lenet5")}   # set, network
-TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()}, **foreign.RACES}
+TEACHERS = {**OWN, **{f"{name}-readings": teacher for name, teacher in OWN.items()},
+            "mnist-weights": OWN["mnist"], **foreign.RACES}
 READINGS = {    # {row: flags}: other readings of paper and code, beside the rows of a race
     "csd-raw-head": "--raw-head",
     "csd-without": "--csd 0",
@@ -90,6 +91,8 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
 RACES["cifar10-readings"].update({
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
+    "surrogate-noise-batch": "surrogate_kd.py --preset cifar10-cpu --surrogate noise --teacher-statistics batch",
+    "surrogate-generator-batch": "surrogate_kd.py --preset cifar10-cpu --teacher-statistics batch",
 })
 RACES.update({name: {**{row: RACES["mnist"][row] for row in table.WITH_FOREIGN_TEACHERS},
                      table.WIDE: "plain_inversion.py --preset mnist-cpu --student lenet5",
@@ -108,6 +111,18 @@ RACES.update({name: {**{row: RACES["cifar10"][row] for row in table.WITH_COLOUR_
                          f"{ON_PHOTOGRAPHS} --pool-images 1000 --epochs 880 --eval-every 88", ON_PHOTOGRAPHS),
                          strict=True))}
               for name in foreign.COLOUR_RACES})
+# How much does a generator's weight matter? Each loss's weight times 0.1 and 10, in a fifth of the race's steps
+SHORT = {
+    "rdskd": "rdskd.py --preset mnist-cpu --epochs 12",
+    "mskd": "rdskd.py --preset mnist-cpu --diversity ms --penalty fixed --epochs 12",
+    "dafl": "dafl.py --preset mnist-cpu --epochs 20",
+}
+RACES["mnist-weights"] = {
+    **SHORT,
+    **{table.weight_row(row, weight, factor): f"{SHORT[row]} --{weight} {factor * value:g}"
+       for row, weights in table.WEIGHTS.items() for weight, value in weights.items()
+       for factor in table.FACTORS},
+}
 STAGES = {"csd": "bank", "plain_inversion": "bank", "deepinversion": "pool", "rdskd": "generator",
           "surrogate_kd": "pool", "regulated_kd": "significance", "zskd": "pool"}
 

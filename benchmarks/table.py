@@ -51,6 +51,11 @@ WITH_COLOUR_TEACHERS = ("plain-inversion", "csd", "cudfkd", "rdskd", "surrogate-
 FOR_COLOUR_TEACHERS = ("plain-inversion-in-bf16", "plain-inversion-coarse", "plain-inversion-coarse-own-kind",
                        "plain-inversion-two-photographs", "plain-inversion-hundred-photographs",
                        "surrogate-thousand-photographs", "surrogate-cifar100-in-bf16")
+# {method: {weight of a loss: the number in its preset for the race}}: what mnist-weights varies, by these factors
+WEIGHTS = {"rdskd": {"oh": 1, "ie": 1, "diversity-weight": 1},
+           "mskd": {"oh": 1, "ie": 1, "diversity-weight": 1},
+           "dafl": {"oh": 1, "ie": 5, "act": 0.1}}
+FACTORS = 0.1, 10
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
 GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
         "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
@@ -242,7 +247,7 @@ def race_tables(groups, measurements):
              row["pflop"] for row in measurements if row["variant"] == "cost"}
     races, trials, merged = {}, {}, {}
     for group in [group for group, runs in groups.items()
-                  if (race_row(runs[0][0]) or [None])[0] in foreign.RACES]:
+                  if (race_row(runs[0][0]) or [None])[0] in (*foreign.RACES, "mnist-weights")]:
         groups.pop(group)                                        # they have tables of their own
     for group in [group for group, runs in groups.items() if group.preset.split("-")[1:2] == ["cpu"]
                   or race_row(runs[0][0])]:                    # also a race's row with authors' numbers
@@ -310,6 +315,32 @@ def foreign_table(runs, own="mnist", ours="lenet5", races=foreign.GREY_RACES,
     if lines:
         yield dict(zip(lines[0][1], ["the teacher itself", "", *(
             "-" if value is None else f"{100 * value:.2f}" for value in best.values())], strict=True))
+
+
+def weight_row(method, weight, factor):
+    """The name of a row of the race mnist-weights, such as rdskd-oh-x10."""
+    return f"{method}-{weight}-x{factor}"
+
+
+def weights_table(runs):
+    """The race mnist-weights: what the student loses when one of the generator's losses weighs more or less."""
+    found = {}
+    for run in runs:
+        race, row = race_row(run[0]) or (None, None)
+        if race == "mnist-weights" and run[-1].get("student_acc_last") is not None:
+            found.setdefault(row, []).append(run)
+    for method, weights in WEIGHTS.items():
+        rows = {f"{'third' if number == 2 else weight} x {factor}": weight_row(method, weight, factor)
+                for number, weight in enumerate(weights) for factor in FACTORS}
+        there = [found[row] for row in (method, *rows.values()) if row in found]
+        scores = [mean(run[-1]["student_acc_last"] for run in of_row) for of_row in there]
+        if there:
+            complete = len(there) == 1 + len(rows)
+            yield {"method": method, "the preset's weights": of_end(found[method]) if method in found else "-",
+                   **{title: of_end(found[row]) if row in found else "-" for title, row in rows.items()},
+                   "worst": f"{100 * min(scores):.2f}" if complete else "-",
+                   "deviation of the seven": f"{100 * stdev(scores):.2f}" if complete else "-",
+                   "seeds": ", ".join(str(run[0]["arguments"]["seed"]) for run in there[0])}
 
 
 def drawn_students(runs, measurements):
@@ -593,6 +624,7 @@ def all_tables(runs, measurements):
               "foreign teachers in colour": foreign_table(
                   runs, "cifar10", "wrn16_2", foreign.COLOUR_RACES,
                   (*WITH_COLOUR_TEACHERS, *FOR_COLOUR_TEACHERS)),
+              "weights": weights_table(runs),
               "drawn pictures": drawn_table(runs, measurements),
               "photographs": photographs_table(measurements),
               "choosing an epoch": epochs_table(measurements),

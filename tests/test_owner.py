@@ -422,6 +422,9 @@ def test_folders_of_grey_files_stay_grey(in_tmp):
     assert images.pixels.shape == (6, 1, 8, 8) and data.image_shape == (1, 8, 8) and len(data.mean) == 1
     Image.new("RGB", (8, 8)).save(in_tmp / "grey" / "train" / "a" / "colour.png")
     assert common.load_dataset("folder:grey", True)[0].pixels.shape == (7, 3, 8, 8)
+    Image.fromarray(torch.full((8, 8), 999, dtype=torch.uint16).numpy()).save(path / "deep.png")
+    with pytest.raises(common.BadInput, match="deep.png has more than 8 bits"):
+        common.load_dataset("folder:grey", False)
 
 
 def test_a_finished_run_gets_longer_where_nothing_follows_a_curve(teacher_file, in_tmp, capsys):

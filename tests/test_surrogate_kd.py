@@ -505,6 +505,11 @@ def test_a_folder_of_ones_own_pictures(teacher_file, in_tmp, capsys):
     with pytest.raises(common.BadInput, match="broken.jpg is no whole image"):
         available, read, _ = sk.real_pictures("folder:mine")
         read(range(available), 16)
+    (in_tmp / "mine" / "broken.jpg").unlink()
+    Image.fromarray(torch.full((20, 20), 999, dtype=torch.uint16).numpy()).save(in_tmp / "mine" / "deep.png")
+    with pytest.raises(common.BadInput, match="deep.png has more than 8 bits"):     # PIL would make it white
+        available, read, _ = sk.real_pictures("folder:mine")
+        read(range(available), 16)
 
 
 def test_another_data_set_as_surrogate_and_the_teachers_own(in_tmp, capsys):
