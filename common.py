@@ -740,8 +740,8 @@ def real_pictures(name, data_dir="data"):
 
     -> how many there are; read(rows, size) -> pixels (n, C, H, W) in [0, 1]; a text that changes if a file is
     added, renamed or has another length
-    Raises BadInput as `load_dataset` does, for a folder without pictures, and for a picture that is damaged or
-    has 16 bits for a grey level.
+    Raises BadInput as `load_dataset` does, for a folder without pictures, and for a picture that is damaged
+    or has 16 bits for a grey level.
     """
     if not name.startswith("folder:"):
         (pixels, _, scale), _ = load_dataset(name, True, data_dir)

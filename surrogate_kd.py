@@ -12,7 +12,7 @@ of them just across a boundary between two classes of the teacher.
     pictures ──► teacher ──► keep equally many of each class ──► the pool                     (once)
     the pool ──► augment, mix ──► images ─┬──► teacher ──► logits ─┐                          (each step)
                                           └──► student ──► logits ─┴► how far apart? ──► update the student
-    the pool ──► augment, mix ──► push across a boundary of the teacher ──► half of a batch   (optional)
+    the pool ──► augment, mix ──► push across a boundary of the teacher ──► part of a batch   (optional)
 
 Run it
     python surrogate_kd.py --dataset digits     three minutes on one core; 95.33 ± 1.03 % (teacher 98.89 %)
@@ -20,8 +20,8 @@ Run it
                                                 subfolders; needs a GPU, not run yet
 
 Copy it
-    Each loss and each generator of pictures can be copied alone, with the helper that it calls. For the
-    method, copy common.py and this file; delete "Pictures that are there", main(), the import from running:
+    Each loss and each generator can be copied alone, with the helper that it calls. For the method, copy
+    common.py and this file; delete "Pictures that are there", main(), its call, the import from running:
         draw = lambda start, n: procedural_pixels("leaves", n, data, settings, device)
         pixels, labels, _ = balanced_pool(teacher, data, settings, draw)
         distill(teacher, student, data, settings, surrogate=pixels, pseudo_labels=labels)
@@ -31,7 +31,7 @@ a square one s x s; τ temperature; λ share of the other picture in mixup. Pixe
 class that the teacher sees in a picture is the picture's pseudo-label.
 Sources: [code] the public part of the authors' code, loganfrank/temp-good-kd at 51aff49; [notes] two readers'
 notes of the paper (we did not have its text); [generators] the code of those who invented the computed
-pictures (note 18); [ours] a choice of this file. "Note 3" is the third entry at the end of the file.
+pictures (note 17); [ours] a choice of this file. "Note 3" is the third entry at the end of the file.
 """
 import contextlib
 import math
@@ -48,8 +48,8 @@ from einops import rearrange
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (DATASETS, BadInput, Means, Preset, batchnorms, build_optimizer, cosine, crop_by_offsets,
-                    fit_pixels, frozen, leaves_images, normalize, real_pictures, recorded_inputs, revisited,
-                    scoring, seeded, seeded_and_checked, set_lr, steps, strokes, why_no_batchnorm)
+                    fit_pixels, frozen, leaves_images, normalize, real_pictures, revisited, scoring,
+                     seeded, seeded_and_checked, set_lr, steps, strokes, why_no_batchnorm)
 from running import (Run, command_line, dataset_spec, digest, is_file_name, load_networks, parse,
                      read_classifier, read_file, save_samples)
 
@@ -57,23 +57,24 @@ from running import (Run, command_line, dataset_spec, digest, is_file_name, load
 # ------------------------------------------------------------------------------------------- hyperparameters
 @dataclass(frozen=True)
 class Settings:
-    """For a teacher of CIFAR-10 and computed pictures.
+    """The defaults are for a CIFAR-10 teacher and computed pictures.
 
-    The training's numbers are those of the one config that the authors released [code]. Temperature, the
-    operations of RandAugment and the size of the pool are for computed pictures [notes]. Ours are the kind of
-    pictures, the budget, strokes, visits, the padding, and all numbers of the attack but its threshold.
+    The numbers of the student's training are those of the one config that the authors released [code].
+    --temperature, --randaugment and --pool-images are what the notes say for computed pictures [notes]. Ours
+    are --surrogate, --pool-budget, --strokes, --visits, --pad, and all numbers of the attack but its
+    threshold.
     """
     epochs: int = 400                   # passes over the pool
     batch_size: int = 256               # images in a student's step
-    visits: int = 1                     # student steps on each batch that the teacher has answered (note 21)
+    visits: int = 1                     # student steps on each batch that the teacher has answered (note 20)
     surrogate: str = "shader"           # a generator such as leaves, a data set, folder:PATH, RUN/images.pt
     pool_images: int = 50_000           # pictures in the pool; --balance rounds up to full classes
-    pool_budget: int = 5                # with --balance, the teacher looks at up to this many for each kept
+    pool_budget: int = 5                # with --balance, at most so many pictures are looked at for each kept
     balance: bool = True                # keep equally many pictures of each class that the teacher sees
-    strokes: bool = False               # turn computed pictures into bright marks on black (note 13)
+    strokes: bool = False               # turn computed pictures, and no others, into bright marks on black
     temperature: float = 20.0           # τ of both softmaxes
-    targets: Literal["soft", "one-hot"] = "soft"    # learn the teacher's probabilities, or its first choice
-    teacher_statistics: Literal["running", "batch"] = "running"     # of the teacher's BatchNorm (note 22)
+    targets: Literal["soft", "one-hot"] = "soft"    # the teacher's probabilities, or its first choice alone
+    teacher_statistics: Literal["running", "batch"] = "running"     # of the teacher's BatchNorm (note 21)
     standardize: bool = False           # give logits deviation 1; targets at τ = 20 are then nearly uniform
     randaugment: int = 4                # operations of RandAugment on each image; 0 = none
     magnitude: int = 14                 # strength of these operations, at most 30; 0 = the weakest
@@ -82,7 +83,7 @@ class Settings:
     mirror: bool = True                 # mirror half of the images
     pad: int = 4                        # pixels around an image before the random crop; 0 = no crop
     fill: Literal["mean", "black"] = "mean"     # what moves in at the borders: the mean colour, or black
-    mixup: bool = True                  # mix each image with one of its batch
+    mixup: bool = True                  # mix each image with another of its batch, in a random proportion
     optimizer: Literal["sgd", "adam"] = "sgd"   # SGD with Nesterov momentum 0.9, or AdamW
     lr_student: float = 0.1             # at the start; it falls along a cosine to 1e-6
     weight_decay: float = 1e-4          # of the student
@@ -102,7 +103,7 @@ SYNTHETIC = Settings()
 REAL = Settings(    # photographs of other things [code, notes]
     surrogate="cifar100", temperature=2.0, balance=False, randaugment=2, elastic=False, invert=0.0,
     attack_target="random")
-MNIST = Settings(   # [ours], chosen by test accuracy on seed 0 among some 20 trials (note 14)
+MNIST = Settings(   # [ours], chosen by test accuracy on seed 0 among some 20 trials (note 13)
     surrogate="leaves", epochs=12, batch_size=128, pool_images=20_000, pool_budget=3, strokes=True,
     temperature=4.0, randaugment=1, invert=0.0, pad=2, fill="black", mixup=False,
     optimizer="adam", lr_student=2e-3, weight_decay=0.0, attacks=1)
@@ -193,31 +194,20 @@ def evenness(counts):
         E = -Σ_k q_k ln q_k / ln K,   q_k = counts_k / Σ counts
 
     counts (K,), how often each class was predicted -> a float in [0, 1]. It is 1 if all classes are equally
-    frequent and 0 if there is only one. The authors call it relative entropy, which usually means KL.
+    frequent and 0 if there is only one. The authors call it relative entropy, a name that elsewhere means KL.
     """
     share = counts.double() / counts.sum()
     return (0 - torch.xlogy(share, share).sum()).item() / math.log(len(counts))
-
-
-def feature_spread(features, predicted):
-    """A number that the authors print. Despite its name it does not compare images [code].
-
-        mean over classes of the mean over the class's images of std(f),   f the D features of an image
-
-    features (N, D), predicted class (N,) -> a float, at least 0. It is the deviation among the D features of
-    a single image, so a set that repeats one image has the same value as that image alone.
-    """
-    deviation = features.std(1)                                              # (N,)
-    return torch.stack([deviation[predicted == label].mean() for label in predicted.unique()]).mean().item()
 
 
 # ---------------------------------------------------- augmentation: pixels (N, C, H, W) in [0, 1] -> the same
 def mixup(pixels, coefficients, order):
     """Mixes each image with one of the batch [code].
 
-        (1 - λ) x + λ x',   λ a number for each image, x' the image at its place in `order`
+        (1 - λ) x + λ x'
 
-    (N, C, H, W), λ (N,), order (N,) -> (N, C, H, W)
+    Image i is x, with x' image order[i] and λ coefficients[i]; `augment_surrogates` draws each λ evenly from
+    [0, 1].   (N, C, H, W), coefficients (N,), order (N,) -> (N, C, H, W)
     """
     return torch.lerp(pixels, pixels[order], coefficients.view(-1, 1, 1, 1))
 
@@ -227,7 +217,7 @@ def augment_surrogates(pixels, settings):
 
     Pixels (N, C, H, W) in [0, 1] -> the same.
     """
-    n, device, side = len(pixels), pixels.device, pixels.shape[-1]
+    n, device, side = len(pixels), pixels.device, min(pixels.shape[2:])
     fill = pixels.mean((0, 2, 3), keepdim=True)[0] * (settings.fill == "mean")      # (C, 1, 1)
 
     def some(chance):
@@ -237,7 +227,7 @@ def augment_surrogates(pixels, settings):
                                     interpolation=InterpolationMode.BILINEAR)
         # torchvision draws one set of operations for all images of a call, so we call it for 16 at a time
         pixels = torch.cat([operations(part) for part in pixels.split(16)]).clamp(0, 1)
-    if settings.elastic:
+    if settings.elastic:                                         # moves pixels by 0.8 on average
         bend = v2.RandomApply([v2.ElasticTransform(50.0 * side / 32, 5.0 * side / 32)], 0.5)
         # zeros move in at the borders; with `fill` subtracted before and added after, they have that colour
         pixels = torch.cat([bend(part) for part in (pixels - fill).split(16)]) + fill
@@ -274,24 +264,24 @@ def boundary_pairs(classify, pixels, targets, step=2 / 255, radius=32 / 255, ite
 
     Each image has a step size of its own. If a step does not reach the target class, the image goes on from
     there, and its next step is `grow` times as long. If a step reaches it, and the network's confidence is
-    under `threshold` before and after, the two ends of the step are the pair. If the network is more
-    confident than that, the step was too long: the image goes back, and the next one is `shrink` times as
-    long. (The authors call this a bold driver.)
+    under `threshold` before and after, the two ends of the step are the pair. If it is more confident at
+    either end, the step was too long: the image goes back, and the next step is `shrink` times as long. (The
+    authors call this a bold driver.)
 
     classify     pixels in [0, 1] -> logits, by a network in eval mode
-    targets      (N,): no image may be in its target class yet
+    targets      (N,): no image may be in its target class yet, which is not checked
     -> after (N', C, H, W), before (N', C, H, W), rows (N',) of `pixels`, the iteration (N',) of each find
     """
     low, high = (pixels - radius).clamp(0, 1), (pixels + radius).clamp(0, 1)
     rows, size = torch.arange(len(pixels), device=pixels.device), torch.full_like(pixels[:, :1, :1, :1], step)
     here, (confidence, _, gradient) = pixels, cross_entropy_step(classify, pixels, targets)
-    found = []
+    pairs = []
     for iteration in range(iterations):
         trial = torch.minimum(torch.maximum(here - size * gradient.sign(), low[rows]), high[rows])
         trial_confidence, predicted, trial_gradient = cross_entropy_step(classify, trial, targets[rows])
         crossed = predicted == targets[rows]
         close = crossed & (trial_confidence < threshold) & (confidence < threshold)
-        found.append((trial[close], here[close], rows[close], torch.full_like(rows[close], iteration)))
+        pairs.append((trial[close], here[close], rows[close], torch.full_like(rows[close], iteration)))
         # go on, or go back; an image that goes back keeps the gradient of the place to which it goes
         back = crossed[:, None, None, None]
         size = torch.where(back, shrink * size, grow * size)
@@ -302,7 +292,7 @@ def boundary_pairs(classify, pixels, targets, step=2 / 255, radius=32 / 255, ite
         here, gradient, confidence, rows, size = (values[~close] for values in every)
         if not len(rows):
             break
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    return tuple(torch.cat(parts) for parts in zip(*pairs))
 
 
 def deeper(classify, pixels, labels, step=4 / 255):
@@ -324,11 +314,11 @@ def attacked_images(teacher, pixels, pseudo_labels, data, settings):
     def classify(pixels):
         return teacher(normalize(pixels, data))
     with torch.no_grad(), frozen(teacher):                       # in eval mode, without gradients of weights
-        seen, targets = classify(pixels).argmax(1), pseudo_labels
+        predicted, targets = classify(pixels).argmax(1), pseudo_labels
         if settings.attack_target == "random":                   # any class but the one that the teacher sees
-            other = torch.randint(1, data.num_classes, seen.shape, device=seen.device)
-            targets = (seen + other) % data.num_classes
-        pixels, targets = pixels[seen != targets], targets[seen != targets]
+            other = torch.randint(1, data.num_classes, predicted.shape, device=predicted.device)
+            targets = (predicted + other) % data.num_classes
+        pixels, targets = pixels[predicted != targets], targets[predicted != targets]
         if len(pixels):
             after, before, rows, _ = boundary_pairs(
                 classify, pixels, targets, settings.attack_step / 255, settings.attack_radius / 255,
@@ -389,14 +379,16 @@ def balanced_pool(teacher, data, settings, draw, available=None, run=None):
     """Keeps equally many pictures of each class that the teacher sees [notes].
 
     draw         a function: draw(start, n) gives the n pictures from number `start` on, pixels (n, C, H, W)
-                 on the teacher's device
+                 in [0, 1] on the teacher's device
     available    how many pictures there are; None for a generator, which has no end
     run          writes log and checkpoints; main() passes one, your own code need not
     -> the pool's pixels (M, C, H, W) uint8; pseudo-labels (M,); how many pictures of each class the teacher
     saw (K,), also of those that are not kept
 
     We stop when all classes are full, or when the teacher has seen --pool-budget times as many pictures as
-    are kept. Without --balance the first pictures are kept, whatever they show.
+    are kept. The pool is in the order of the classes. Without --balance the first pictures are kept, whatever
+    they show.
+    Raises BadInput if `draw` gives anything else.
     """
     device = next(teacher.parameters(), torch.empty(0)).device    # the CPU for a teacher without weights
     classes, chunk, chunks_a_round, room = data.num_classes, 64, 16, settings.pool_images
@@ -413,7 +405,13 @@ def balanced_pool(teacher, data, settings, draw, available=None, run=None):
             if settings.balance and (seen >= quota).all():
                 break
             at = begin + step * chunk
-            fresh = (255 * draw(at, min(chunk, budget - at))).round().to(torch.uint8)    # (n, C, H, W)
+            n = min(chunk, budget - at)
+            drawn = draw(at, n)                                              # (n, C, H, W)
+            if not (drawn.is_floating_point() and drawn.shape == (n, *data.image_shape)
+                    and 0 <= drawn.min() and drawn.max() <= 1):
+                raise BadInput(f"draw(start, {n}) must give {n} pictures {tuple(data.image_shape)}, floats "
+                               "in [0, 1]")
+            fresh = (255 * drawn).round().to(torch.uint8)
             with torch.no_grad(), frozen(teacher), chosen_statistics(teacher, data, settings):
                 predicted = teacher(normalize(fresh / 255, data)).argmax(1)  # (n,)
             one_hot = F.one_hot(predicted, classes)                          # (n, K)
@@ -432,8 +430,8 @@ def balanced_pool(teacher, data, settings, draw, available=None, run=None):
             break
     if settings.balance:
         # a class with too few pictures repeats them; a class with none is filled with those of other classes
-        rows, nth = torch.arange(room, device=device), torch.arange(room, device=device) % quota
-        rows += nth % seen.clamp(min=1).repeat_interleave(quota) - nth
+        nth = torch.arange(quota, device=device) % seen.clamp(min=1)[:, None]                  # (K, quota)
+        rows = (quota * torch.arange(classes, device=device)[:, None] + nth).flatten()         # (M,)
         empty, there = (labels[rows] < 0).nonzero()[:, 0], (labels[rows] >= 0).nonzero()[:, 0]
         there = there[torch.randperm(len(there), device=device)]
         rows[empty] = rows[there[torch.arange(len(empty), device=device) % len(there)]]
@@ -449,39 +447,30 @@ def inspect_surrogate(teacher, surrogate, data, settings):
     evenness              of the classes that the teacher sees; 1 if they are equally frequent (note 11)
     evenness_augmented    the same for augmented pictures, as they are in training
     confidence            the teacher's largest probability, mean over pictures
-    feature_spread        of the input of the last nn.Linear; None if that does not take vectors (note 12)
-    feature_spread_unit   the same, when each feature vector is scaled to length 1
     class_share           the part of the pictures that is in each class, a list of K numbers
     """
-    layer = [module for module in teacher.modules() if isinstance(module, nn.Linear)][-1:]
-    logits, features, changed = [], [], []
-    with (seeded(0), frozen(teacher), scoring(), recorded_inputs(layer) as seen,
-          chosen_statistics(teacher, data, settings)):
+    logits, changed = [], []
+    with seeded(0), frozen(teacher), scoring(), chosen_statistics(teacher, data, settings):
         shown = surrogate[torch.randperm(len(surrogate), device=surrogate.device)[:10_000]]
-        for pixels in (shown / 255).split(500):
+        for part in shown.split(500):
+            pixels = part / 255
             logits.append(teacher(normalize(pixels, data)))
-            features.extend(x for x in seen.values() if x.dim() == 2)
             changed.append(teacher(normalize(augment_surrogates(pixels, settings), data)).argmax(1))
     logits, changed = torch.cat(logits), torch.cat(changed)
-    predicted, spread, spread_unit = logits.argmax(1), None, None
-    if features:
-        features = torch.cat(features)
-        spread = feature_spread(features, predicted)
-        spread_unit = feature_spread(F.normalize(features), predicted)
-    counts, changed_counts = (torch.bincount(found, minlength=data.num_classes)
-                              for found in (predicted, changed))
+    counts, changed_counts = (torch.bincount(predicted, minlength=data.num_classes)
+                              for predicted in (logits.argmax(1), changed))
     return dict(evenness=evenness(counts), evenness_augmented=evenness(changed_counts),
-                confidence=logits.softmax(1).amax(1).mean().item(), feature_spread=spread,
-                feature_spread_unit=spread_unit, class_share=(counts / len(shown)).tolist())
+                confidence=logits.softmax(1).amax(1).mean().item(),
+                class_share=(counts / len(shown)).tolist())
 
 
 # --------------------------------------------------------------------------------------------- the algorithm
 def check(settings):
     """Raises BadInput for settings that make no sense."""
-    if (settings.magnitude > 30 or settings.invert > 1 or not 0 < settings.attack_share <= 1
-            or not 0 < settings.attack_threshold <= 1):
-        raise BadInput("--magnitude must be 0 to 30, --invert 0 to 1, --attack-share and --attack-threshold "
-                       "above 0 and at most 1")
+    if (not 0 <= settings.magnitude <= 30 or not 0 <= settings.invert <= 1 or settings.temperature <= 0
+            or not 0 < settings.attack_share <= 1 or not 0 < settings.attack_threshold <= 1):
+        raise BadInput("--magnitude must be 0 to 30, --invert 0 to 1, --temperature above 0, --attack-share "
+                       "and --attack-threshold above 0 and at most 1")
     if settings.boundary_attack and settings.teacher_statistics == "batch":
         raise BadInput("--boundary-attack moves each image by itself, but with --teacher-statistics batch "
                        "the teacher's answer depends on the whole batch; leave one of them out")
@@ -528,14 +517,14 @@ def answered_batches(teacher, surrogate, attacked, number, data, settings):
         yield pixels, images, teacher_logits
 
 
-def observe(means, answers, loss_kd, student_logits, teacher_logits):
+def observe(means, class_counts, loss_kd, student_logits, teacher_logits):
     """Adds a step to the epoch's log: its loss, how often the networks agree, how uncertain the teacher is.
 
-    answers (K,) counts how often the teacher chose each class; torch.bincount would make the CPU wait for the
+    class_counts (K,): how often the teacher chose each class; torch.bincount would make the CPU wait for the
     GPU
     """
     predicted, p = teacher_logits.argmax(1), teacher_logits.softmax(1)
-    answers.index_add_(0, predicted, torch.ones_like(predicted))
+    class_counts.index_add_(0, predicted, torch.ones_like(predicted))
     means.add(loss_kd=loss_kd, agreement_made=(student_logits.argmax(1) == predicted).float().mean(),
               teacher_entropy=-torch.xlogy(p, p).sum(1).mean())
 
@@ -544,10 +533,11 @@ def observe(means, answers, loss_kd, student_logits, teacher_logits):
 def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_labels):
     """Train `student` in place on pictures that are not the teacher's data. No label is used.
 
+    It is left in train mode, so call student.eval() before you use it.
     teacher          gives logits or log-probabilities; it is not changed. Only the attack needs its gradients
     data             a DataSpec: image shape, number of classes, normalisation
     run              writes log and checkpoints; main() passes one, your own code need not
-    surrogate        the pool, pixels (M, C, H, W) uint8; `balanced_pool` makes one
+    surrogate        the pool, pixels (M, C, H, W) uint8 on the networks' device; `balanced_pool` makes one
     pseudo_labels    (M,), the classes that the teacher sees in the pool; only the attack uses them
     Raises BadInput for settings or a pool that make no sense, FloatingPointError if the loss is no longer
     finite.
@@ -556,14 +546,17 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
     if surrogate.dtype != torch.uint8 or surrogate.shape[1:] != torch.Size(data.image_shape):
         raise BadInput(f"surrogate must be uint8, each {tuple(data.image_shape)}, not {surrogate.dtype}, "
                        f"{tuple(surrogate.shape[1:])}")
+    if not len(surrogate) or len(pseudo_labels) != len(surrogate):
+        raise BadInput(f"there are {len(surrogate)} pictures and {len(pseudo_labels)} pseudo-labels; give at "
+                       "least one picture, and a pseudo-label for each")
     torch.manual_seed(settings.seed ^ 2 ** 31)                   # other random numbers than balanced_pool's
     device, m, size = next(student.parameters()).device, len(surrogate), settings.batch_size
     share = settings.attack_share if settings.boundary_attack else 0.0
     attacked = torch.zeros(math.ceil(share * m), *data.image_shape, dtype=torch.uint8, device=device)
-    across = torch.zeros((), dtype=torch.long, device=device)    # how many of `attacked` were found
+    filled = torch.zeros((), dtype=torch.long, device=device)    # how many places of `attacked` are filled
     optimizer = build_optimizer(student, settings.optimizer, settings.lr_student, settings.weight_decay,
                                 nesterov=True)
-    start = run.resume(student=student, optimizer=optimizer, attacked=attacked, across=across) if run else 0
+    start = run.resume(student=student, optimizer=optimizer, attacked=attacked, filled=filled) if run else 0
 
     for epoch in range(start, settings.epochs):
         set_lr(optimizer, 1e-6 + cosine(settings.lr_student - 1e-6, epoch, settings.epochs))
@@ -571,18 +564,18 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
         # -------- (1) Pixels, --attacks times in a run: min CE(T(pixels), target) until they cross over
         due, done = (at * settings.attacks // settings.epochs for at in (epoch, epoch - 1))
         if share and due > done:
-            across.fill_(attack_pool(attacked, teacher, surrogate, pseudo_labels, data, settings))
-            if run and across < len(attacked):
-                run.note(f"epoch {epoch}: the attack found {across} images, where a pass over the pool needs "
+            filled.fill_(attack_pool(attacked, teacher, surrogate, pseudo_labels, data, settings))
+            if run and filled < len(attacked):
+                run.note(f"epoch {epoch}: the attack found {filled} images, where a pass over the pool needs "
                          f"{len(attacked)}")
 
         # -------- (2) Student: min τ² KL(teacher || student), both on the same images
-        found = int(across) if share else 0
+        found = int(filled) if share else 0
         # no batch has an attacked image twice: where too few were found, clean images take the places
         number = min(math.ceil(share * size), found)
         batches = answered_batches(teacher, surrogate, attacked[:found], number, data, settings)
         count = math.ceil(m / size)                                          # steps of an epoch
-        means, answers = Means(), torch.zeros(data.num_classes, dtype=torch.long, device=device)
+        means, class_counts = Means(), torch.zeros(data.num_classes, dtype=torch.long, device=device)
         student.train()
         with frozen(teacher), chosen_statistics(teacher, data, settings):    # in eval mode
             for pixels, images, teacher_logits in steps(count, "distillation",
@@ -598,8 +591,9 @@ def distill(teacher, student, data, settings, run=None, *, surrogate, pseudo_lab
                 optimizer.zero_grad()
                 loss_kd.backward()
                 optimizer.step()
-                observe(means, answers, loss_kd, student_logits, teacher_logits)
-        terms = dict(means.take(), evenness=evenness(answers), attacked=found)   # raises if one is not finite
+                observe(means, class_counts, loss_kd, student_logits, teacher_logits)
+        # raises if a term is not finite
+        terms = dict(means.take(), evenness=evenness(class_counts), attacked=found)
         if run:                                                  # samples.png shows the epoch's last batch
             run.log(epoch, terms, pixels, teacher_logits.argmax(1))
 
@@ -617,7 +611,7 @@ def main(argv=None):
     check(settings)
     available, read, content = find_pictures(settings.surrogate, options)
     data = dataset_spec(options)
-    teacher, student = load_networks(options, settings, data, gradient=False)
+    teacher, student = load_networks(options, settings, data, gradient=settings.boundary_attack)
     run = Run(options, settings, teacher, student, data)
     draw = drawer(settings, data, available, read, options.device)
     kind = re.sub(r"\W+", "_", settings.surrogate) + "-unbalanced" * (not settings.balance)
@@ -627,10 +621,12 @@ def main(argv=None):
                      pictures=content)
     pixels, labels, seen = (part.to(options.device) for part in pool)
     found = inspect_surrogate(teacher, pixels, data, settings)
-    run.note(f"{settings.surrogate}, {len(labels)} pictures: {in_words(found)}", event="surrogate",
-             evenness_before=evenness(seen), **found)
+    quota = len(labels) // data.num_classes                      # with --balance, places for each class
+    found["different"] = int(seen.clamp(max=quota).sum()) if settings.balance else len(labels)
+    found["evenness_before"] = evenness(seen)
+    run.note(f"{settings.surrogate}, {len(labels)} pictures: {in_words(found)}", event="surrogate", **found)
     if options.inspect_only:
-        shown = torch.randperm(len(labels))
+        shown = torch.randperm(len(labels))[:10_000]
         save_samples(run.folder / "samples.png", pixels[shown] / 255, labels[shown], data.num_classes)
         run.finish(f"pictures by predicted class in {run.folder / 'samples.png'}")
         return
@@ -642,7 +638,7 @@ def main(argv=None):
 
 # ==========================================================================================================
 # Pictures from nothing. The method ends here. Each generator draws n pictures (n, 3, s, s), or noise
-# (n, C, s, s), with values in [0, 1] on `device`, and takes all its random numbers from torch. Notes 17 to 19
+# (n, C, s, s), with values in [0, 1] on `device`, and takes all its random numbers from torch. Notes 16 to 18
 # say what is simplified. leaves_images is in common.py, because every run also reports how often student and
 # teacher agree on such pictures.
 # ==========================================================================================================
@@ -763,7 +759,7 @@ def fractal_images(n, size, device="cpu", background=None, walk=220, least=0.1):
 def shader_images(n, size, device="cpu", width=24, layers=4):
     """Patterns: a small random network turns the coordinates of each pixel into its colour [ours].
 
-    They stand in for the authors' shader programs (note 17). Each picture has its own weights, zoom, turn,
+    They stand in for the authors' shader programs (note 16). Each picture has its own weights, zoom, turn,
     offset and time. The units of a layer are sines, cosines, tanh, bumps, |u| and sawteeth in equal parts.
     """
     uniform = partial(torch.rand, device=device)
@@ -827,7 +823,7 @@ def procedural_pixels(name, n, data, settings, device):
     """n pictures of the generator `name`, in the shape of the teacher's data.
 
     They are made at 32x32 or larger, the size for which the generators' numbers are meant, and then resized;
-    noise is made in its final size.   -> (n, C, H, W)
+    noise is made in its final size, if that is square.   -> (n, C, H, W)
     """
     size, more = max(32, *data.image_shape[1:]), {}
     if name == "noise":                                          # because resizing would weaken its contrast
@@ -897,13 +893,11 @@ def drawer(settings, data, available, read, device):
 def in_words(found):
     """What `inspect_surrogate` found, for the screen."""
     share = found["class_share"]
-    text = (f"evenness of the classes that the teacher sees {found['evenness']:.3f}, when augmented "
-            f"{found['evenness_augmented']:.3f}; the most frequent class, {share.index(max(share))}, has "
-            f"{100 * max(share):.0f} %, {share.count(0)} of {len(share)} classes have none; mean confidence "
-            f"{found['confidence']:.3f}")
-    if found["feature_spread"] is not None:
-        text += f"; deviation across the features of one picture {found['feature_spread']:.3f}"
-    return text
+    return (f"{found['different']} of them differ; evenness of the classes that the teacher sees "
+            f"{found['evenness_before']:.3f} as drawn, {found['evenness']:.3f} as kept, "
+            f"{found['evenness_augmented']:.3f} when augmented; the most frequent class, "
+            f"{share.index(max(share))}, has {100 * max(share):.0f} %, {share.count(0)} of {len(share)} "
+            f"classes have none; mean confidence {found['confidence']:.3f}")
 
 
 if __name__ == "__main__":
@@ -915,25 +909,26 @@ if __name__ == "__main__":
 # last epoch's test accuracy; those with "±" have three seeds, the others one. Effects "on MNIST" are those of
 # the preset `mnist` with the pictures that are named, measured with an earlier version of this file.
 #
-#  1. Boundary attack. No released script trains with it. One that only measures sets of pictures shows the
-#     order: augment, mix, attack, keep the pairs. --boundary-attack gives half of each batch to its images.
-#     On MNIST, noise gains: 41.12 ± 4.69 % without it, 60.40 ± 1.77 with it. Leaves, fractals and random
-#     generators gain nothing.
+#  1. Boundary attack. No released script trains with it; distill_student_with_attack.py attacks nothing. One
+#     that measures sets of pictures shows the order: augment, mix, attack, keep the pairs. On MNIST, noise
+#     gains: 41.12 ± 4.69 % without it, 60.40 ± 1.77 with it. Leaves, fractals and random generators gain
+#     nothing.
 #  2. When it runs. We attack --attacks times in a run, keep the images with 8 bits, and use them until the
 #     next attack. They are made from augmented pictures, and are not augmented again, because that would
 #     move them off the boundary [ours].
-#  3. How many pictures. Half of an epoch's images are attacked ones, as many as half the pool
-#     (--attack-share). Each attacked picture yields up to four, so we attack an eighth of the pool. An epoch
-#     has as many steps as without the attack [ours].
+#  3. How many pictures. A part of an epoch's images are attacked ones, --attack-share, half by default. Each
+#     attacked picture yields up to four, so we attack a quarter as many pictures. An epoch has as many steps
+#     as without the attack [ours].
 #  4. An attack that finds few images. A batch has no attacked image twice: it takes at most as many as were
 #     found, and clean images in place of the others. In the next batches the same images may come again.
-#     If fewer images were found than half the pool has, a note in the log says how many [ours].
-#  5. Numbers of the attack. The confidence limit 0.9 and the factors 1.1 and 0.5 are the code's defaults. No
-#     config with an attack was released: --attack-step, --attack-radius, --attack-iterations and
-#     --deeper-step are ours, and the same for all kinds of pictures.
+#     If fewer were found than an epoch needs, a note in the log says how many [ours].
+#  5. Numbers of the attack. The confidence limit 0.9 and the factors 1.1 and 0.5 are the code's defaults.
+#     There, both steps are 1 grey level by default, and radius and iterations have no default. No config with
+#     an attack was released. Our four numbers are ours, and the same for all kinds of pictures.
 #  6. Target of the attack (--attack-target). Augmentation and mixup move some computed pictures out of the
 #     class that the teacher saw before. These are pushed back to it. A real picture is pushed to a class at
-#     random that the teacher does not see in it [code]. One that never gets to its class yields no image.
+#     random that the teacher does not see in it [code]. One that never gets to its class yields no image, and
+#     neither does one of which the teacher stays too certain; the code keeps those whose last step crossed.
 #  7. The step deeper. The code has it, but the setting that gives its direction was not released. We step
 #     away from the boundary, further into the class in which the image is [ours].
 #  8. Temperature. The notes say 2, but 20 for computed pictures and for teachers of fine-grained classes. The
@@ -950,37 +945,35 @@ if __name__ == "__main__":
 #     MNIST, sets of 20,000 pictures with about 0.8 or more before balancing gave students within five points
 #     of the teacher, sets with 0.2 to 0.3 more than twenty points below it. It is no guarantee: 4,000
 #     fractals have 0.84 and gave 76 %. Noise lies between, with 0.59, and gave 41 %.
-# 12. Feature spread. The code prints it beside the evenness. It is the deviation across the features of one
-#     image, and it grows with the size of the features, so there is a second one for vectors of length 1. It
-#     cannot tell whether pictures differ from one another. `pixel_std` in the log can, for the last batch.
-# 13. Strokes (--strokes). A teacher of grey digits sees few classes in plain computed pictures, and many in
+# 12. Strokes (--strokes). A teacher of grey digits sees few classes in plain computed pictures, and many in
 #     bright marks on black [ours]. On MNIST, without and with strokes: fractals 78.33 and 95.85 %, shaders
 #     75.38 and 94.75 %.
-# 14. Augmentation on MNIST. The preset has one operation of RandAugment, black borders, no inversion and no
+# 13. Augmentation on MNIST. The preset has one operation of RandAugment, black borders, no inversion and no
 #     mixup, chosen by its test images [ours]. With the authors' augmentation (--randaugment 4 --invert 0.1
 #     --fill mean --mixup) fractals give 92.78 instead of 95.85 %.
-# 15. Other augmentation. RandAugment and elastic are torchvision's, which draw once for all images of a call;
-#     we call them for 16 images at a time. --pad is 4 at 32x32; the code has 12, for larger images. With
-#     --fill mean, the mean colour of the batch moves in at the borders, in the code that of the whole set.
-# 16. Mixup (--mixup) is in all runs of the authors [notes]. It is off in the presets for MNIST, Fashion-MNIST
+# 14. Other augmentation. RandAugment and elastic are torchvision's, and draw once for 16 images here. In the
+#     code RandAugment takes the nearest pixel, elastic has the same two numbers at every size, where ours
+#     grow with the side, and the padding is 12, for larger images. With --fill mean, the mean colour of the
+#     batch moves in at the borders, in the code that of the whole set.
+# 15. Mixup (--mixup) is in all runs of the authors [notes]. It is off in the presets for MNIST, Fashion-MNIST
 #     and digits, and in cifar10-cpu-real: two trials with CIFAR-100's images gave 82.88 % with it and 84.36
 #     without it, on CIFAR-10's validation images.
-# 17. Shaders. The authors render 1,089 shader programs, whose archive is no longer online. Small random
+# 16. Shaders. The authors render 1,089 shader programs, whose archive is no longer online. Small random
 #     networks take their place [ours].
-# 18. Generators. Spectrum, leaves and random-generator follow mbaradad/learning_with_noise; fractal follows
+# 17. Generators. Spectrum, leaves and random-generator follow mbaradad/learning_with_noise; fractal follows
 #     hirokatsukataoka16/FractalDB-Pretrained-ResNet-PyTorch and catalys1/fractal-pretraining. The paper has
 #     shaders, leaves and noise [notes]; the other three are additions of ours.
-# 19. What the generators leave out. The original spectrum also matches colours and wavelets of photographs.
+# 18. What the generators leave out. The original spectrum also matches colours and wavelets of photographs.
 #     Leaves, fractals and generator stop earlier here, because 32x32 shows less, and the smallest leaf has a
-#     tenth of the side instead of 0.03.
-# 20. Optimizer. The released script ignores the configured rate and decay, and moves the rate at every batch
-#     along a curve that is meant for epochs. We do what the config asks for: SGD 0.1, momentum 0.9, decay
-#     1e-4, a cosine to 1e-6. Nesterov is ours, and the decay of 5e-4 in cifar10-cpu-real: two trials with
-#     mixup gave 82.88 % with it and 81.76 with 1e-4, on validation images.
-# 21. Visits. --visits is in no paper. With --visits 3, the student trains three times on each batch that the
+#     tenth of the side instead of 0.03. A random generator's pictures have the detail of 32x32 at any size.
+# 19. Optimizer. The released script trains without the configured rate and decay, and moves the rate at every
+#     batch along a curve that is meant for epochs. We do what the config asks for, with the script's Nesterov
+#     momentum. In cifar10-cpu-real the decay of 5e-4 is ours: two trials with mixup gave 82.88 % with it and
+#     81.76 with 1e-4, on validation images.
+# 20. Visits. --visits is in no paper. With --visits 3, the student trains three times on each batch that the
 #     teacher has answered: at once, and twice later in the epoch. An epoch has as many steps as without it,
 #     but asks the teacher for a third of the answers and sees a third of the pool.
-# 22. --teacher-statistics batch. Two papers on distillation from noise let the teacher's BatchNorm layers
+# 21. --teacher-statistics batch. Two papers on distillation from noise let the teacher's BatchNorm layers
 #     normalise by the statistics of the current batch, so that noise excites the later layers as real images
-#     do (NeurIPS 2022, openreview K8JngctQ2Tu, and a later one). We have not read these papers; the flag is
+#     do (one is NeurIPS 2022, openreview K8JngctQ2Tu). We have not read these papers; the flag is
 #     rebuilt from what others write about them. What it is worth has not been measured yet.

@@ -91,7 +91,8 @@ RACES = {   # {race: {row: command}}; --teacher, --seed and --out are added
 RACES["cifar10-readings"].update({
     "deepinversion-adi": "deepinversion.py --preset cifar10-cpu --initial-batches 9 --pool-batches 20",
     "rdskd-mskd": "rdskd.py --preset cifar10-cpu --diversity ms --penalty fixed",
-    "surrogate-noise-batch": "surrogate_kd.py --preset cifar10-cpu --surrogate noise --teacher-statistics batch",
+    "surrogate-noise-batch":
+        "surrogate_kd.py --preset cifar10-cpu --surrogate noise --teacher-statistics batch",
     "surrogate-generator-batch": "surrogate_kd.py --preset cifar10-cpu --teacher-statistics batch",
 })
 RACES.update({name: {**{row: RACES["mnist"][row] for row in table.WITH_FOREIGN_TEACHERS},
@@ -111,7 +112,7 @@ RACES.update({name: {**{row: RACES["cifar10"][row] for row in table.WITH_COLOUR_
                          f"{ON_PHOTOGRAPHS} --pool-images 1000 --epochs 880 --eval-every 88", ON_PHOTOGRAPHS),
                          strict=True))}
               for name in foreign.COLOUR_RACES})
-# How much does a generator's weight matter? Each loss's weight times 0.1 and 10, in a fifth of the race's steps
+# Each weight of the generator's losses times 0.1 and 10, in a fifth of the race's steps
 SHORT = {
     "rdskd": "rdskd.py --preset mnist-cpu --epochs 12",
     "mskd": "rdskd.py --preset mnist-cpu --diversity ms --penalty fixed --epochs 12",

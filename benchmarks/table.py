@@ -51,7 +51,7 @@ WITH_COLOUR_TEACHERS = ("plain-inversion", "csd", "cudfkd", "rdskd", "surrogate-
 FOR_COLOUR_TEACHERS = ("plain-inversion-in-bf16", "plain-inversion-coarse", "plain-inversion-coarse-own-kind",
                        "plain-inversion-two-photographs", "plain-inversion-hundred-photographs",
                        "surrogate-thousand-photographs", "surrogate-cifar100-in-bf16")
-# {method: {weight of a loss: the number in its preset for the race}}: what mnist-weights varies, by these factors
+# {method: {weight of a loss: its number in mnist-cpu}}: what the race mnist-weights varies, by these factors
 WEIGHTS = {"rdskd": {"oh": 1, "ie": 1, "diversity-weight": 1},
            "mskd": {"oh": 1, "ie": 1, "diversity-weight": 1},
            "dafl": {"oh": 1, "ie": 5, "act": 0.1}}
@@ -323,7 +323,7 @@ def weight_row(method, weight, factor):
 
 
 def weights_table(runs):
-    """The race mnist-weights: what the student loses when one of the generator's losses weighs more or less."""
+    """The race mnist-weights: the student's accuracy when a generator's loss weighs more or less."""
     found = {}
     for run in runs:
         race, row = race_row(run[0]) or (None, None)
@@ -336,7 +336,8 @@ def weights_table(runs):
         scores = [mean(run[-1]["student_acc_last"] for run in of_row) for of_row in there]
         if there:
             complete = len(there) == 1 + len(rows)
-            yield {"method": method, "the preset's weights": of_end(found[method]) if method in found else "-",
+            yield {"method": method,
+                   "the preset's weights": of_end(found[method]) if method in found else "-",
                    **{title: of_end(found[row]) if row in found else "-" for title, row in rows.items()},
                    "worst": f"{100 * min(scores):.2f}" if complete else "-",
                    "deviation of the seven": f"{100 * stdev(scores):.2f}" if complete else "-",
@@ -390,7 +391,8 @@ def photographs_table(measurements):
     teachers = {}
     for row in measurements:
         if row["variant"] == "epochs" and row.get("pictures"):
-            teachers.setdefault((row["dataset"], Path(row["teacher"]).stem), {})[row["out"]] = row
+            name = Path(row["teacher"].rpartition(":")[2]).stem
+            teachers.setdefault((row["dataset"], name), {})[row["out"]] = row
     for (dataset, teacher), runs in sorted(teachers.items()):
         for title, rule in (("drawn pictures", "agreement-leaves"), ("photographs", "agreement-pictures")):
             students = [list(zip(row["student_acc"], row["measures"][rule])) for row in runs.values()]

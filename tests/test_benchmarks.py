@@ -124,8 +124,7 @@ def test_costs_are_those_of_a_real_run(method, flags, teacher_file, in_tmp):
             patch.setattr(module, "check_answers", lambda *args, **more: None)
         patch.setattr(running, "predict", lambda model, images, data: torch.zeros(len(images.pixels), 10))
         patch.setattr(surrogate_kd, "inspect_surrogate", lambda *args: dict(
-            evenness=1.0, evenness_augmented=1.0, confidence=1.0, feature_spread=1.0,
-            class_share=[0.1] * 10))
+            evenness=1.0, evenness_augmented=1.0, confidence=1.0, class_share=[0.1] * 10))
         method.main([*args, "--out", "out", *["--no-ramp", "--adversarial-start", "1"] * (method is cudfkd)])
     row = costs.cost(shlex.join([f"{method.__name__}.py", *args]))
     assert row["queries"] == rows_of("out")[-1]["teacher_queries"] > 0

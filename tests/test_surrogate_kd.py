@@ -55,9 +55,6 @@ def test_goldens_1_2_3_losses_measures_and_mixup():
     near((certain / 2).softmax(1)[0, 0], 0.35, 2e-3)
     counts = torch.tensor([[5, 3, 2, 0], [25] * 4, [97, 1, 1, 1], [100, 0, 0, 0]])
     near6([sk.evenness(row) for row in counts], [0.742738, 1, 0.120970, 0])
-    features = torch.tensor([[0.0, 2, 4], [1, 1, 1], [1, 1, 1], [1, 1, 1]])    # 2 and 0, mean over classes
-    near(sk.feature_spread(features, torch.tensor([0, 1, 1, 1])), 1.0)
-    near(sk.feature_spread(features[:1].expand(9, -1), torch.zeros(9)), 2.0)   # of images that are all alike
     x = (torch.arange(8) / 10).reshape(2, 1, 2, 2)
     mixed = sk.mixup(x, torch.tensor([0.25, 0.5]), torch.tensor([1, 0]))
     near6(mixed.flatten(1), [[0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.4, 0.5]])
@@ -221,19 +218,14 @@ def test_a_short_class_repeats_its_pictures_an_empty_one_leaves_its_share_and_a_
 
 
 def test_the_report_tells_a_set_of_one_class_from_an_even_one():
-    (teacher, _, data), noise, taken = tiny_networks(), bytes_of(300, 1, 8, 8), []
+    (teacher, _, data), noise = tiny_networks(), bytes_of(300, 1, 8, 8)
     found = sk.inspect_surrogate(sure(teacher), noise, data, settings_of(**OFF))
-    teacher.eval().fc.register_forward_pre_hook(lambda layer, x: taken.append(x[0]))
-    logits = teacher(common.normalize(noise / 255, data))
+    logits = teacher.eval()(common.normalize(noise / 255, data))
     predicted = logits.argmax(1)
     share = torch.bincount(predicted, minlength=10) / 300
     near(found["evenness"], -torch.xlogy(share, share).sum() / math.log(10))
     near(found["evenness_augmented"], found["evenness"])       # nothing is augmented
     near(found["confidence"], logits.softmax(1).amax(1).mean()), near(found["class_share"], share)
-    for name, features in (("feature_spread", taken[0]),
-                           ("feature_spread_unit", taken[0] / taken[0].norm(dim=1, keepdim=True))):
-        spread = [features[predicted == k].std(1).mean() for k in predicted.unique()]
-        near(found[name], sum(spread) / len(spread))
     alike = sk.inspect_surrogate(teacher, noise[:1].expand(50, -1, -1, -1), data, settings_of(**OFF))
     assert alike["evenness"] == 0 and max(alike["class_share"]) == 1 and json.dumps(found)
 
@@ -252,20 +244,10 @@ def pooled():
     return made(Pooled)
 
 
-def test_a_teacher_without_a_linear_layer_teaches_and_has_no_feature_numbers(in_tmp, monkeypatch):
-    """Also where the last nn.Linear does not run, as in an auxiliary classifier."""
-    (other, _, data), noise = tiny_networks(), bytes_of(50, 1, 8, 8)
-    teacher, idle = pooled().eval(), pooled().eval()
-    idle.auxiliary = nn.Linear(6, 10)
-    for network in (teacher, idle):
-        found = sk.inspect_surrogate(network, noise, data, settings_of(**OFF))
-        assert found.keys() == sk.inspect_surrogate(other, noise, data, settings_of(**OFF)).keys()
-        assert found["feature_spread"] is found["feature_spread_unit"] is None and found["confidence"] > 0.1
+def test_a_teacher_without_a_linear_layer_teaches(in_tmp, monkeypatch):
     monkeypatch.setitem(sys.modules, "pooled", types.SimpleNamespace(teacher=pooled))
     argv = tiny_args(sk, "pooled:teacher", boundary_attack=True)
     sk.main([*argv, "--out", "out"])
-    row, = (row for row in rows_of("out") if row["event"] == "surrogate")
-    assert row["feature_spread"] is None and "features" not in row["text"] and "confidence" in row["text"]
     assert rows_of("out")[-1]["event"] == "end"
 
 
@@ -543,6 +525,14 @@ def test_what_makes_no_sense_is_refused(teacher_file, capsys, monkeypatch):
     for pool in (torch.zeros(20, 1, 8, 8), bytes_of(20, 3, 8, 8)):
         with pytest.raises(common.BadInput, match="surrogate must be uint8"):
             trained(pixels=pool)
+    teacher, student, data = tiny_networks()
+    for pixels, labels in ((bytes_of(20, 1, 8, 8), torch.zeros(19)), (bytes_of(0, 1, 8, 8), torch.zeros(0))):
+        with pytest.raises(common.BadInput, match="a pseudo-label for each"):
+            sk.distill(teacher, student, data, settings_of(), surrogate=pixels, pseudo_labels=labels)
+    for drawn in (bytes_of(64, 1, 8, 8), torch.rand(64, 3, 8, 8), torch.rand(5, 1, 8, 8),
+                  torch.rand(64, 1, 8, 8) - 0.5):
+        with pytest.raises(common.BadInput, match=r"must give 64 pictures \(1, 8, 8\), floats"):
+            sk.balanced_pool(teacher, data, settings_of(pool_images=200), lambda start, n: drawn)
 
 
 @pytest.mark.parametrize("argv, preset, temperature", [

@@ -9,8 +9,11 @@ import torch
 import torch.nn as nn
 
 import common
+import dafl
+import rdskd
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import race  # noqa: E402
 import table  # noqa: E402
 
 # of a run, but no settings: nothing in the tables depends on them, or they have a column of their own
@@ -288,6 +291,26 @@ def test_a_student_of_its_teachers_own_kind_takes_the_same_images_and_is_not_lar
     assert student(torch.rand(2, *shape)).shape == (2, 10)
     sizes = [sum(weight.numel() for weight in network.parameters()) for network in (student, teacher)]
     assert sizes[0] < sizes[1] or race == "mnist-wrn" and sizes[0] == sizes[1]
+
+
+def test_weights_of_losses_have_a_table_of_their_own():
+    rows = [*race.RACES["mnist-weights"]]
+    mine = [row for row in rows if row.startswith("dafl")]
+    assert len(rows) == 21 and mine[0] == "dafl"
+    assert race.RACES["mnist-weights"]["dafl-ie-x10"].endswith("--ie 50")
+    for method, script in (("rdskd", rdskd), ("mskd", rdskd), ("dafl", dafl)):     # the preset's own numbers
+        settings = script.PRESETS["mnist-cpu"].settings
+        assert table.WEIGHTS[method] == {name: getattr(settings, name.replace("-", "_"))
+                                         for name in table.WEIGHTS[method]}
+    runs = [run_of(f"runs/race-mnist-weights/{row}-seed0", 0.9 - 0.1 * number, method="dafl")
+            for number, row in enumerate(mine)] + [run_of("runs/race-mnist-weights/mskd-ie-x10-seed0", 0.5)]
+    mskd, of_dafl = table.weights_table(runs)
+    assert (mskd["ie x 10"], mskd["the preset's weights"], mskd["worst"]) == ("50.00", "-", "-")
+    assert (of_dafl["the preset's weights"], of_dafl["oh x 0.1"], of_dafl["third x 10"]) == (
+        "90.00", "80.00", "30.00")
+    assert (of_dafl["worst"], of_dafl["deviation of the seven"]) == ("30.00", "21.60")
+    groups = table.grouped(runs)
+    assert groups and not table.race_tables(groups, []) and not groups
 
 
 def test_agreement_on_photographs_beside_that_on_drawn_pictures():
