@@ -352,7 +352,7 @@ def test_the_front_pages_own_teacher(tmp_path):
     found = re.findall(r"^python (\w+\.py) ([^#\n]*)", commands, re.M)
     assert [name for name, _ in found] == ["common.py", "plain_inversion.py", "surrogate_kd.py"]
     for name, flags in found:
-        flags = flags.replace("resnet18", "vgg8").split()      # smaller, so that the test is short
+        flags = flags.replace("wrn16_1", "wrn10_1").split()    # smaller, so that the test is short
         small = [] if name == "common.py" else ["--epochs", "1", "--batch-size", "8", *short[name]]
         small += ["--student-steps", "2"] if name == "plain_inversion.py" else []
         said = run([ROOT / name], *flags, *small)
