@@ -339,9 +339,13 @@ def synthesize(generator, teacher, data, settings, total_steps, wanted):
     best_pixels = torch.zeros(n, *data.image_shape, device=device)
     best_loss = torch.tensor(math.inf, device=device)
     layers = batchnorms(teacher, data) if settings.bn else []
-    running = [(layer.running_mean, layer.running_var) for layer in layers]
+    running = {layer: (layer.running_mean, layer.running_var) for layer in layers}
     contrast = settings.contrast if any(data.mean) else 0.0      # mean 0 says nothing of the data
     means = Means()
+
+    def of_those_that_ran(loss, aims):
+        there = [layer for layer in aims if layer in statistics]             # in most networks all of them
+        return loss([statistics[layer] for layer in there], [aims[layer] for layer in there])
     # frozen: eval mode, and gradients pass through the teacher but not into its weights
     with frozen(teacher), recorded_statistics([*layers, *wanted]) as statistics:
         for _ in steps(total_steps, "synthesis"):
@@ -349,10 +353,8 @@ def synthesize(generator, teacher, data, settings, total_steps, wanted):
             statistics.clear()
             teacher_logits = teacher(seen(pixels, data, settings))                        # (N, K)
             loss_oh = one_hot_loss(teacher_logits, targets)
-            loss_bn = bn_loss([statistics[layer] for layer in layers], running)          # 0 without layers
-            there = [layer for layer in wanted if layer in statistics]       # all, if all of them ran
-            loss_statistics = statistics_loss([statistics[layer] for layer in there],
-                                              [wanted[layer] for layer in there])         # 0 without layers
+            loss_bn = of_those_that_ran(bn_loss, running)                    # 0 without layers
+            loss_statistics = of_those_that_ran(statistics_loss, wanted)     # 0 without layers
             # of the images before `seen` changes them, because it is these that shall be like real ones
             loss_contrast = contrast_loss(normalize(pixels, data)) if contrast else 0
             loss = (settings.oh * loss_oh + settings.bn * loss_bn + settings.statistics * loss_statistics

@@ -276,15 +276,19 @@ def test_layers_that_say_nothing_are_left_out(in_tmp):
         def __init__(self):
             super().__init__()
             self.token, self.expert, self.calls = nn.Linear(4, 4), nn.Linear(10, 10), 0
+            self.rare = nn.BatchNorm1d(10)
 
         def forward(self, x):
             self.calls += 1
             answer = super().forward(x) + self.token(torch.ones(4)).mean()
-            return answer + self.expert(answer) if self.calls % 2 else answer
+            return self.rare(answer + self.expert(answer)) if self.calls % 2 else answer
     torch.manual_seed(0)
     teacher, settings = Odd(), tiny_settings(plain_inversion, synthesis_batch_size=8)
     found = plain_inversion.statistics_of(torch.rand(50, 3, 16, 16), teacher, COLOUR, settings)
     assert {*found} == {teacher.second, teacher.mix, teacher.out}
+    teacher.calls = 0
+    assert common.batchnorms(teacher, COLOUR) == [teacher.rare]              # it runs in the first call
+    teacher.calls = 0
     pixels, _, losses = plain_inversion.synthesize(plain_inversion.Generator(6, COLOUR.image_shape), teacher,
                                                    COLOUR, settings, 4, {**found, teacher.expert: (
                                                        torch.zeros(10), torch.ones(10))})
