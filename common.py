@@ -30,6 +30,7 @@ import re
 import sys
 import time
 import traceback
+import typing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -495,6 +496,14 @@ def seeded(seed):
         yield
 
 
+def check_words(settings):
+    """Raises BadInput for a setting that is none of the words that it may be, its Literal."""
+    for name, kind in typing.get_type_hints(type(settings)).items():
+        words = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        if words and getattr(settings, name) not in words:
+            raise BadInput(f"{name} must be one of {', '.join(words)}, not {getattr(settings, name)!r}")
+
+
 def seeded_and_checked(function):
     """Decorates what a method offers: a function of `teacher`, `data` and `settings`, perhaps of `student`.
 
@@ -514,6 +523,7 @@ def seeded_and_checked(function):
                     raise BadInput(f"the {name} must be a torch.nn.Module, not {type(network).__name__}")
                 stack.callback(network.register_forward_hook(logits_of).remove)
             check_spec(given["data"])
+            check_words(given["settings"])
             made = not {"train", "draw", "surrogate"} & {*signature.parameters}    # images from the teacher
             for name, network in networks.items():
                 check_answers(network, f"the {name}", given["data"], gradient=made and name == "teacher")

@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional
 
 import common
+import cudfkd
+import rdskd
 import running
 from common import BadInput, build_model, last_linear
-from conftest import tiny_networks
+from conftest import tiny_networks, tiny_settings
 from helpers import equal, in_float64, near, weights_of  # noqa: F401
 from test_methods import looks
 
@@ -380,3 +382,10 @@ def test_a_rate_falls_along_half_a_cosine_and_adam_has_decoupled_decay():
     common.set_lr(sgd, 0.5)
     assert [sgd.param_groups[0][name] for name in ("lr", "momentum", "weight_decay")] == [0.5, 0.9, 0.01]
     assert type(adam) is torch.optim.AdamW and adam.defaults["weight_decay"] == 0.01
+
+
+def test_a_setting_that_is_none_of_its_words_is_refused():
+    teacher, student, data = tiny_networks()
+    for method, changes in ((cudfkd, dict(student_loss="l2")), (rdskd, dict(penalty="none"))):
+        with pytest.raises(BadInput, match="must be one of"):
+            method.distill(teacher, student, data, tiny_settings(method, **changes))
