@@ -47,9 +47,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torchvision.transforms import InterpolationMode, v2
 
-from common import (DATASETS, BadInput, Means, Preset, batchnorms, build_optimizer, cosine, crop_by_offsets,
-                    fit_pixels, frozen, leaves_images, normalize, real_pictures, revisited, scoring,
-                     seeded, seeded_and_checked, set_lr, steps, strokes, why_no_batchnorm)
+from common import (DATASETS, BadInput, Means, Preset, accuracy, batchnorms, build_optimizer, cosine,
+                    crop_by_offsets, fit_pixels, frozen, leaves_images, normalize, predict, real_pictures,
+                    revisited, scoring, seeded, seeded_and_checked, set_lr, steps, strokes,
+                    why_no_batchnorm)
 from running import (Run, command_line, dataset_spec, digest, is_file_name, load_networks, parse,
                      read_classifier, read_file, save_samples)
 
@@ -349,8 +350,8 @@ def attack_pool(attacked, teacher, surrogate, pseudo_labels, data, settings):
 
 # --------------------------------------------------------------------- a teacher that adapts to the pictures
 @contextlib.contextmanager
-def chosen_statistics(teacher, data, settings):
-    """Inside the block, the teacher's BatchNorm layers normalise by what --teacher-statistics says [ours].
+def chosen_statistics(network, data, settings):
+    """Inside the block, the network's BatchNorm layers normalise by what --teacher-statistics says [ours].
 
     With `batch`, each layer normalises by the mean and variance of the batch that it is given, not by those
     that it remembers.
@@ -358,11 +359,11 @@ def chosen_statistics(teacher, data, settings):
     """
     layers = []
     if settings.teacher_statistics == "batch":
-        layers = [layer for layer in batchnorms(teacher, data)
+        layers = [layer for layer in batchnorms(network, data)
                   if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         if not layers:
             raise BadInput("--teacher-statistics batch needs BatchNorm layers that can take a batch's: "
-                           + why_no_batchnorm(teacher))
+                           + why_no_batchnorm(network))
     kept = [(layer.running_mean, layer.running_var) for layer in layers]
     for layer in layers:
         layer.running_mean = layer.running_var = None    # then PyTorch takes the batch's, in eval mode, too
@@ -633,6 +634,11 @@ def main(argv=None):
     if settings.boundary_attack:
         torch.backends.cudnn.benchmark = False    # batch sizes vary in the attack, so autotuning is useless
     distill(teacher, student, data, settings, run, surrogate=pixels, pseudo_labels=labels)
+    if settings.teacher_statistics == "batch" and run.test and batchnorms(student, data):
+        with chosen_statistics(student, data, settings):         # the student remembers those of the pictures
+            score = accuracy(predict(student, run.test, data), run.test.labels)
+        run.note("accuracy of the student if it, too, takes the statistics of each batch of 500 test images: "
+                 f"{score:.4f}", event="batch_statistics", student_acc=score)
     run.finish()
 
 

@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 
 import common
+import running
 import surrogate_kd as sk
 from conftest import tiny_args, tiny_networks, tiny_settings
 from helpers import (D, Log, assert_close, equal, in_float64, kl, near, near6, refused, rows_of,
@@ -596,4 +597,12 @@ def test_batch_statistics_normalise_each_batch_by_itself_and_leave_the_teacher_a
             common.build_model("lenet5", 10, PLAIN.image_shape), PLAIN, settings):
         pass
     sk.main([*tiny_args(sk, teacher_file), "--teacher-statistics", "batch", "--out", "out"])
-    assert rows_of("out")[0]["changed"]["teacher_statistics"] == "batch"
+    rows = rows_of("out")
+    assert rows[0]["changed"]["teacher_statistics"] == "batch"
+    score, = (row["student_acc"] for row in rows if row["event"] == "batch_statistics")
+    student, data = running.load_classifier("out/student.pt")
+    test, _ = common.load_dataset("digits", False)
+    for layer in common.batchnorms(student, data):
+        layer.running_mean = layer.running_var = None
+    assert score == common.accuracy(common.predict(student, test, data), test.labels) and score != rows[-1][
+        "student_acc_last"]
