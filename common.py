@@ -183,7 +183,9 @@ def recorded_inputs(modules):
 
     The input is converted to float32 and keeps its graph. This works on any nn.Module.
     """
-    return _recorded(modules, lambda module, x: x.float())
+    # a layer that works in place would overwrite what was recorded
+    return _recorded(modules, lambda module, x: (
+        x.float().clone() if getattr(module, "inplace", False) else x.float()))
 
 
 def recorded_statistics(modules):

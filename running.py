@@ -229,16 +229,19 @@ def place(network, options, data):
     return in_bf16(network) if options.precision == "bf16" else network
 
 
-def load_networks(options, settings, data, needs=lambda teacher: None, gradient=True):
+def load_networks(options, settings, data, needs=lambda teacher: None, gradient=True,
+                  fits=lambda student: None):
     """The networks that --teacher and --student name, on their device.   -> teacher, student
 
-    `needs(teacher)` may refuse the teacher's architecture; it is asked before a teacher is trained.
+    `needs(teacher)` and `fits(student)` may refuse an architecture; they are asked before a teacher is
+    trained.
     `gradient`: the method makes images by the teacher's gradient.
     """
     with seeded(settings.seed):
         student = place(build_model(options.student, data.num_classes, data.image_shape), options, data)
     for training in (False, True):
         check_answers(student, f"student {options.student}", data, training)
+    fits(student)
     teacher = load_teacher(options, data, needs)
     check_answers(place(teacher, options, data), f"teacher {options.teacher}", data, gradient=gradient)
     needs(teacher)

@@ -57,7 +57,7 @@ WEIGHTS = {"rdskd": {"oh": 1, "ie": 1, "diversity-weight": 1},
            "dafl": {"oh": 1, "ie": 5, "act": 0.1}}
 FACTORS = 0.1, 10
 # Settings that a script no longer has, with the value that it now takes always. Old logs have them.
-GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1),
+GONE = {"csd": dict(mixup=False, keep_generator=False, visits=1, fresh_head_optimizer=False),
         "plain_inversion": dict(pixel=0.0, adversarial=0.0, csd=0.0, ce=0.0, kd=1.0, feature=0.0, lr_head=0.1,
                                 raw_head=False, fresh_head_optimizer=False, teacher_last_map="",
                                 student_last_map="", drawn=0),

@@ -204,7 +204,7 @@ OTHER = dict(
 RAMP, SURE, WEIGHTED = dict(epochs=4, adversarial_end=50.0), dict(alpha_epochs=0.2), dict(mode="significance")
 ATTACK = dict(boundary_attack=True, attack_step=20.0, deeper_step=60.0)
 COMPANY = dict(
-    fresh_head_optimizer=dict(epochs=3), l2_per_image=dict(l2=1.0),
+    l2_per_image=dict(l2=1.0),
     statistics=dict(statistics_from="photographs"),
     adversarial_end=RAMP, ramp=RAMP, ramp_begin=RAMP, ramp_end=RAMP,
     alpha_epochs=SURE, confidence=SURE, confidence_temperature=SURE,
