@@ -3,7 +3,7 @@
 Hongxu Yin, Pavlo Molchanov, Zhizhong Li, Jose M. Alvarez, Arun Mallya, Derek Hoiem, Niraj K. Jha, Jan Kautz.
 CVPR 2020, arXiv 1912.08795.
 
-There is no generator: the pixels themselves are trained. A batch of images starts as noise and is changed in
+There is no generator: the images themselves are trained. A batch of images starts as noise and is changed in
 many steps, so that the frozen teacher sees the classes that we ask for, and each of its BatchNorm layers sees
 the mean and variance that it remembers from the real data. That is DeepInversion (DI). In Adaptive
 DeepInversion (ADI), images on which teacher and student agree cost more. All images stay in a pool. Its first
@@ -11,26 +11,26 @@ batches, the initial batches, are made by DI before the student's first step. Th
 turns: an epoch adds an ADI batch, unless the pool is full, and trains the student on batches from the pool.
 
     noise ──► x ─┬──► teacher ──► the class asked for? the remembered statistics? ──┐
-                 ├──► student ──► an answer other than the teacher's? (ADI) ────────┼──► update the pixels x
+                 ├──► student ──► an answer other than the teacher's? (ADI) ────────┼──► update the images x
                  └──► smooth? ──────────────────────────────────────────────────────┘
     pool of finished x ─┬──► teacher ──► logits ──┐
                         └──► student ──► logits ──┴──► how far apart? ──► update the student
 
 Run it
     python deepinversion.py --dataset digits
-        five minutes on a CPU; of the test digits, the student gets 97.1 ± 1.2 % right, the teacher 98.9 %
+        five minutes on a CPU; the student gets 97.1 ± 1.2 % of the test digits (five seeds), the teacher 98.9
     python deepinversion.py --teacher resnet34 --student resnet18
         CIFAR-10, see note 1. Not run yet; we estimate 12 hours on a GPU that sustains 80 TFLOP/s
 
 Copy it
-    Each loss can be copied alone, those of total variation with neighbour_differences. synthesize() makes one
-    batch, and distill() is the whole method. To use either, copy common.py and this file, and in the copy
-    delete main(), save_images() and the import from running.
-
-Letters: T teacher, x the pixels of N images, each C x H x W, y the classes asked for; P images in the pool;
-K classes; CE cross-entropy; KL Kullback-Leibler divergence; τ the temperature, which divides the logits.
-We did not have the paper's text and know it from others. Sources: [code] the authors' repository
-NVlabs/DeepInversion at 2413af1; [issues] their answers in its issues; [DataFree] the re-implementation
+    Each loss can be copied alone, those of total variation with neighbour_differences. For synthesize(), one
+    batch, or distill(), the whole method, copy common.py and this file, and in the copy delete the import
+    from running, save_images(), and main() with its decorator and its call.
+Letters: T teacher; x the N images that are trained, C x H x W, normalised: (pixel - mean) / std, with pixels
+in [0, 1]; y the classes asked for; P images in the pool; K classes; CE cross-entropy; KL Kullback-Leibler
+divergence; τ the temperature, which divides the logits.
+We did not have the paper's text: what is said of it comes from others. Sources: [code] the authors'
+repository NVlabs/DeepInversion at 2413af1; [issues] their answers in its issues; [DataFree] the code of
 zju-vipa/DataFree at 9e79fa9; [ours] a choice of this file. "Note 3" is the third at the end of the file.
 """
 import math
@@ -59,28 +59,28 @@ class Settings:
     student_steps: int = 50             # steps of the student in an epoch
     batch_size: int = 256               # images per step of the student
     initial_batches: int = 40           # DI batches before the student's first step, kept for reuse; 0 = none
-    pool_batches: int = 1000            # size of the full pool, initial batches included; 0 = ADI adds none
+    pool_batches: int = 1000            # most batches in the pool, initial ones included; 0 = ADI adds none
     synthesis_batch_size: int = 256     # images in a batch that is made
     low_resolution_steps: int = 0       # first steps on a batch, at half its height and width; 0 = none
     synthesis_steps: int = 2000         # steps on a batch at its full size
-    lr_images: float = 0.05             # Adam's learning rate for the pixels
-    beta1: float = 0.9                  # Adam's, for the pixels
-    beta2: float = 0.999                # Adam's, for the pixels
+    lr_images: float = 0.05             # Adam's learning rate for the images
+    beta1: float = 0.9                  # Adam's, for the images
+    beta2: float = 0.999                # Adam's, for the images
     warm_cosine: bool = False           # let --lr-images rise over 100 steps, then fall to 0 along a cosine
     oh: float = 1.0                     # weight of one_hot_loss
-    bn: float = 10.0                    # weight of bn_loss, the paper's α_f
-    first_bn: float = 1.0               # factor of the first BatchNorm layer in bn_loss
-    tv: float = 2.5e-5                  # weight of tv_loss, the paper's α_tv
+    bn: float = 10.0                    # weight of bn_loss, α_f in the paper (note 7)
+    first_bn: float = 1.0               # factor in bn_loss of the BatchNorm layer that was registered first
+    tv: float = 2.5e-5                  # weight of tv_loss, α_tv in the paper
     tv_l1: float = 0.0                  # weight of tv_l1_loss
-    l2: float = 0.0                     # weight of l2_loss, the paper's α_l2
+    l2: float = 0.0                     # weight of l2_loss, α_l2 in the paper (note 7)
     l2_per_image: bool = False          # average over images in l2_loss, instead of one norm a batch (note 6)
-    competition: float = 1.0            # weight of competition_loss, the paper's α_c; at 0, ADI is DI
+    competition: float = 1.0            # weight of competition_loss, α_c in the paper (note 7); at 0, no ADI
     true_js: bool = False               # the true Jensen-Shannon divergence instead of the code's (note 3)
     jitter: int = 2                     # largest random shift of a batch, in pixels, at each step; 0 = none
     mirror: bool = False                # flip the whole batch with probability 1/2, at each step
-    clip: bool = False                  # keep the pixels in the range of real images, at each step
-    cycle_targets: bool = True          # ask for the classes 0, 1, 2 ... in turn instead of random ones
-    keep_best: bool = False             # return the pixels with the smallest loss, not the last ones (note 4)
+    clip: bool = False                  # keep the images in the range of real ones, at each step
+    cycle_targets: bool = True          # classes 0, 1, 2 ... in turn if a batch holds all, else random ones
+    keep_best: bool = False             # return the images of the least loss, not the last ones (note 4)
     lr_student: float = 0.1             # SGD with momentum 0.9; falls to 0 along a cosine over the epochs
     weight_decay: float = 1e-4          # of the student
     temperature: float = 3.0            # τ in kd_loss
@@ -89,7 +89,6 @@ class Settings:
 
 CIFAR10 = Settings()
 PRESETS = {
-    # [code] for the images, [issues] and [DataFree] for the student: see Settings
     "cifar10": Preset("cifar10", "resnet34", "resnet18", CIFAR10),
     # [DataFree]: its script for DeepInversion. That code differs in three things for which there is no flag.
     # Its competition is -J without the clamp to [0, 1], TV is taken before the shift, and the pool consists
@@ -101,10 +100,12 @@ PRESETS = {
     # [ours]: for a first look, with a fiftieth of the paper's images and a quarter of its steps on each batch
     "cifar10-short": Preset("cifar10", "resnet34", "resnet18", replace(
         CIFAR10, epochs=16, student_steps=200, initial_batches=4, pool_batches=20, synthesis_steps=500)),
-    # [ours]: the numbers for CIFAR-10. CIFAR-100 asks for random classes: 256 images cannot hold 100 evenly
+    # [ours]: CIFAR-10's numbers on other data. CIFAR-100 asks for random classes: in turn, each batch of 256
+    # would hold classes 0 to 55 three times and the others twice
     "cifar100": Preset("cifar100", "resnet34", "resnet18", replace(CIFAR10, cycle_targets=False)),
     "svhn": Preset("svhn", "wrn40_2", "wrn16_1", CIFAR10),
-    # [code]: the README's command, for --synthesize-only (note 10). The student's half is nobody's recipe.
+    # [code]: the README's command, which has no competition, for --synthesize-only (note 10). 0.2 is what the
+    # README says of the paper. The rest of the student's half is nobody's recipe.
     "imagenet": Preset("imagenet", "torchvision:resnet50", "torchvision:resnet18", replace(
         CIFAR10, epochs=2, initial_batches=1, pool_batches=2, synthesis_batch_size=84,
         low_resolution_steps=2000, synthesis_steps=1000, lr_images=0.25, beta1=0.5, beta2=0.9,
@@ -115,9 +116,8 @@ PRESETS = {
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", replace(
         CIFAR10, epochs=11, student_steps=300, batch_size=128, initial_batches=20, pool_batches=0,
         synthesis_steps=50, lr_images=0.1, beta1=0.5, tv=3e-3, mirror=True, clip=True, temperature=20.0)),
-    # [ours]: chosen among 7 trials by the test accuracy of seed 0. Between the sixth and the
-    # seventh, we compared two dozen settings without a student, by counting on how many of the images a
-    # second classifier saw the class that was asked for.
+    # [ours]: the last of 7 trials, chosen by the test accuracy of seed 0. Before it, two dozen settings were
+    # compared without a student: on how many images does a second classifier see the class asked for?
     "digits": Preset("digits", "wrn16_2", "wrn16_1", replace(
         CIFAR10, epochs=8, student_steps=120, batch_size=128, initial_batches=3, pool_batches=8,
         synthesis_batch_size=128, synthesis_steps=150, lr_images=0.3, bn=0.3, tv=0.01, jitter=1, clip=True,
@@ -155,9 +155,10 @@ def one_hot_loss(teacher_logits, targets):
 def bn_loss(statistics, running, first=1.0):
     """How far the images' BatchNorm statistics are from those that the teacher remembers [code].
 
-        L_bn = Σ over layers of ‖var - running_var‖₂ + ‖mean - running_mean‖₂     (first layer: times `first`)
+        L_bn = Σ over layers of w (‖var - running_var‖₂ + ‖mean - running_mean‖₂)
 
-    Two lists with one pair (mean, variance) for each layer, both (channels,) -> a scalar, at least 0. During
+    Two lists with one pair (mean, variance) for each layer, both (channels,) -> a scalar, at least 0. w is
+    `first` for the first layer and 1 for the others. During
     the teacher's training, each BatchNorm layer kept a running mean and variance of its input: a trace of the
     real data (`running`). `statistics` are the mean and variance of the layer's input h for our images:
 
@@ -165,7 +166,7 @@ def bn_loss(statistics, running, first=1.0):
     """
     norms = [torch.linalg.vector_norm(var - running_var) + torch.linalg.vector_norm(mean - running_mean)
              for (mean, var), (running_mean, running_var) in zip(statistics, running, strict=True)]
-    return sum(norms) + (first - 1) * norms[0]
+    return sum(norms) + (first - 1) * sum(norms[:1])
 
 
 def neighbour_differences(images):
@@ -183,7 +184,7 @@ def tv_loss(images):
         L_tv = Σ over four directions of ‖differences of neighbours‖₂
 
     Images (N, C, H, W) -> a scalar, at least 0. Natural images are smooth. Each norm is one number for the
-    whole batch, so the loss grows with √N. Its weight for CIFAR-10 is tuned to N = 256.
+    whole batch, so the loss grows with √N, and a weight holds for one N: 2.5e-5 is the authors' for 256.
     """
     return sum(torch.linalg.vector_norm(difference) for difference in neighbour_differences(images))
 
@@ -199,12 +200,12 @@ def tv_l1_loss(images):
 
 
 def l2_loss(images, per_image=False):
-    """How large the pixels are [code: CIFAR; with `per_image`: ImageNet].
+    """How far the images are from the mean colour, where x is 0 [code: CIFAR; with `per_image`: ImageNet].
 
-        L_l2 = ‖all pixels of the batch‖₂
-        L_l2 = mean over images of ‖pixels of the image‖₂        with `per_image`
+        L_l2 = ‖all x of the batch‖₂
+        L_l2 = mean over images of ‖x of the image‖₂        with `per_image`
 
-    Images (N, C, H, W) -> a scalar, at least 0. Real images have no extreme pixels.
+    Images (N, C, H, W) -> a scalar, at least 0.
     """
     if per_image:
         return torch.linalg.vector_norm(images, dim=(1, 2, 3)).mean()
@@ -237,7 +238,7 @@ def competition_loss(student_logits, teacher_logits, true_js=False, temperature=
 
 # ---------------------------------------------------------------------------------- the trick: an image batch
 def warm_cosine(lr, step, total):
-    """The pixels' learning rate with --warm-cosine: up over 100 steps, then down to 0 [code, ImageNet]."""
+    """The images' learning rate with --warm-cosine: up over 100 steps, then down to 0 [code, ImageNet]."""
     return lr * (step + 1) / 100 if step < 100 else cosine(lr, step - 100, max(1, total - 100))
 
 
@@ -247,7 +248,7 @@ def random_int(below):
 
 
 def shrunk_and_shifted(x, shrink, jitter, mirror):
-    """What the networks see of the pixels x in one step: shifted at random, and perhaps smaller and mirrored.
+    """What the networks see of the images x in one step: shifted at random, and perhaps smaller and mirrored.
 
     (N, C, H, W) -> (N, C, H / shrink, W / shrink). All images of the batch are shifted alike, and mirrored or
     not. What leaves an image on one side comes back on the other.
@@ -268,19 +269,21 @@ def synthesize(teacher, data, settings, student=None):
     is drawn from torch's global generator, which synthesize_pool() and distill() have seeded. The teacher
     must have BatchNorm.
 
-    Returns images (N, C, H, W), normalised; the classes asked for (N,); the mean of each loss over the steps.
-    Raises FloatingPointError if a loss was not finite.
+    Returns images (N, C, H, W), normalised; the classes asked for (N,); the mean of each loss over the steps
+    of both sizes, 0 for a loss that has no weight. Raises FloatingPointError if a loss was not finite.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     x = torch.randn(n, *data.image_shape, device=device, requires_grad=True)
-    targets = (torch.arange(n, device=device) % data.num_classes if settings.cycle_targets else
+    in_turn = settings.cycle_targets and n >= data.num_classes     # else the last would never be asked for
+    targets = (torch.arange(n, device=device) % data.num_classes if in_turn else
                torch.randint(data.num_classes, (n,), device=device))
     black = torch.zeros(1, *data.image_shape, device=device)
     darkest, brightest = normalize(black, data), normalize(black + 1, data)
     layers, means = batchnorms(teacher, data), Means()
-    running = [(layer.running_mean, layer.running_var) for layer in layers]
+    running = {layer: (layer.running_mean, layer.running_var) for layer in layers}
     # frozen: both networks are in eval mode; gradients pass through them into x, but their weights get none
-    with frozen(teacher, *([student] if student else [])), recorded_statistics(layers) as statistics:
+    fixed = [teacher] if student is None else [teacher, student]
+    with frozen(*fixed), recorded_statistics(layers) as statistics:
         for total, shrink in ((settings.low_resolution_steps, 2), (settings.synthesis_steps, 1)):
             optimizer = torch.optim.Adam([x], settings.lr_images, betas=(settings.beta1, settings.beta2))
             # losses at two sizes cannot be compared, so each size has its best
@@ -289,14 +292,17 @@ def synthesize(teacher, data, settings, student=None):
                 if settings.warm_cosine:
                     set_lr(optimizer, warm_cosine(settings.lr_images, step, total))
                 images = shrunk_and_shifted(x, shrink, settings.jitter, settings.mirror)
+                statistics.clear()
                 teacher_logits = teacher(images)                             # (N, K)
                 loss_oh = one_hot_loss(teacher_logits, targets)
-                loss_bn = bn_loss([statistics[layer] for layer in layers], running, settings.first_bn)
+                ran = [layer for layer in layers if layer in statistics]     # in most networks all of them
+                loss_bn = bn_loss([statistics[layer] for layer in ran], [running[layer] for layer in ran],
+                                  settings.first_bn)
                 loss_tv = tv_loss(images) if settings.tv else 0.0
                 loss_tv_l1 = tv_l1_loss(images) if settings.tv_l1 else 0.0
                 loss_l2 = l2_loss(images, settings.l2_per_image) if settings.l2 else 0.0
                 loss_competition = 0.0
-                if student:
+                if student is not None:
                     loss_competition = competition_loss(student(images), teacher_logits, settings.true_js)
                 loss = (settings.oh * loss_oh + settings.bn * loss_bn + settings.tv * loss_tv
                         + settings.tv_l1 * loss_tv_l1 + settings.l2 * loss_l2
@@ -353,20 +359,21 @@ def distill(teacher, student, data, settings, run=None, pool=None):
     teacher    any classifier with BatchNorm; it is not changed
     data       a DataSpec: image shape, number of classes, normalisation
     run        writes log and checkpoints; main() passes one, your own code need not
-    pool       the initial batches that synthesize_pool() returned; without them, they are made first
+    pool       the initial batches that synthesize_pool() returned, in any number; without them, they are made
+               first
 
     Returns the pool: images (P, C, H, W), normalised and in float16, and the classes asked for (P,). Raises
     BadInput if the teacher has no BatchNorm, and FloatingPointError if a loss is no longer finite.
     """
     refuse_without_batchnorm(teacher, data)
-    if not settings.initial_batches and not settings.pool_batches:
+    if not settings.initial_batches and not settings.pool_batches and pool is None:
         raise BadInput("there is no image to learn from: --initial-batches and --pool-batches are both 0")
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
-    pool = pool or synthesize_pool(teacher, data, settings)
+    pool = synthesize_pool(teacher, data, settings) if pool is None else pool
     first_images, first_targets = (part.to(device) for part in pool)
     torch.manual_seed(settings.seed ^ 2 ** 31)           # other noise than that of the initial batches
     # the pool: the initial batches, and room for one batch from each of the first `adaptive` epochs
-    adaptive = min(settings.epochs, max(0, settings.pool_batches - settings.initial_batches))
+    adaptive = min(settings.epochs, max(0, settings.pool_batches - len(first_targets) // n))
     pool_images = torch.cat([first_images, first_images.new_zeros(adaptive * n, *data.image_shape)])
     pool_targets = torch.cat([first_targets, first_targets.new_zeros(adaptive * n)])
     optimizer = torch.optim.SGD(student.parameters(), settings.lr_student, 0.9,
@@ -454,21 +461,21 @@ if __name__ == "__main__":
 
 # ----------------------------------------------------------------------------------------------------- notes
 # Where the paper, the authors' code and this file disagree. If there is a flag for the other version, the
-# note names it. Accuracies are those of the last epoch on the test images. What is said of the paper comes
-# from others or from memory, because we did not have its text.
+# note names it. Accuracies are those of the last epoch on the test images; ± is the standard deviation over
+# seeds.
 #
 #  1. The student's half. The authors published only the synthesis. Their answers [issues]: students start
 #     untrained; DI images come first; then an ADI batch joins after every 50 steps, up to 1,000 batches of
 #     256; τ is 3. We chose 40 initial batches and τ². The rate falls along a cosine as in [DataFree]; the
 #     paper lowers it in steps. An epoch makes its ADI batch first and then trains the student for 50 steps.
-#  2. In turn, or images first. The preset `cifar10-cpu` makes all images before the student's first step,
-#     without competition: 47.5 ± 6.8 %. If both take turns, with competition (--initial-batches 9
-#     --pool-batches 20), the student ends at 52.65 ± 1.71 %, a difference within the spread of three seeds.
-#     On digits, competition makes no difference: 97.1 ± 1.2 % with it, 96.9 ± 0.3 without.
-#  3. The competition. The paper takes KL(p_T || M) and KL(p_S || M). The code swaps the two sides and
-#     clamps. An image on which both networks are certain of different classes then has J = 1.6. If the
-#     batch's mean passes 1, the loss is 0 and no longer pushes the two apart. This file does as the code
-#     does. --true-js takes the paper's J, at most ln 2.
+#  2. In turn, or images first. On CIFAR-10 (teacher 92.7 %; three seeds), the preset `cifar10-cpu` makes all
+#     images before the student's first step, without competition: 47.5 ± 6.8 %. In turn, with competition
+#     (--initial-batches 9 --pool-batches 20): 52.65 ± 1.71 %. On digits: 97.1 ± 1.2 % with competition (five
+#     seeds), 96.9 ± 0.3 without (three). Both differences are within the spread of the seeds.
+#  3. The competition. The paper takes KL(p_T || M) and KL(p_S || M): --true-js, J at most ln 2. The code
+#     swaps the sides and clamps; so do we. The loss stands still where J leaves [0, 1]: above 1 if both
+#     networks are certain of different classes (J = 1.6), under 0 if both are unsure among more than 100.
+#     A probability under 0.01 has no gradient, either: with more than 100 classes, type --true-js.
 #  4. The best image. The CIFAR code means to return the pixels with the smallest loss, but keeps only a
 #     reference to a tensor that goes on changing, so it returns the last ones. The ImageNet code copies
 #     them one step too late. We return the last ones, and with --keep-best a copy of those with the
@@ -478,15 +485,16 @@ if __name__ == "__main__":
 #  6. Norms. For CIFAR the L2 term is one norm of the batch, for ImageNet a mean over images
 #     (--l2-per-image). The TV term has norms of the batch for both [code]. ImageNet's script has a second
 #     TV term of absolute values (--tv-l1), which is the only one in [DataFree].
-#  7. Weights. That of L2 is 3e-8 in the paper, and 0 in the authors' README and here (--l2).
-#     That of BatchNorm is 10 in the README, together with a rate of 0.05, and we follow that; the CIFAR
-#     script's own defaults are 100 and 0.1 (--bn, --lr-images).
+#  7. Weights. That of L2 is 3e-8 in the paper, and 0 in the authors' README and here (--l2). That of
+#     BatchNorm is 10 in the README, together with a rate of 0.05, and we follow that; the CIFAR script's own
+#     defaults are 100 and 0.1 (--bn, --lr-images). That of the competition, 1, is [DataFree]'s; we do not
+#     know the paper's.
 #  8. Before the student sees images of the pool, they get the data set's random crop and flip [DataFree].
 #     For ResNet-34 to ResNet-18 on CIFAR-10, [DataFree]'s page gives 93.26 % as the paper's result with ADI.
-#  9. Work saved. The authors' CIFAR script adds hooks to the teacher for every batch and never removes
-#     them, so batch n computes its statistics n times. It also computes gradients of weights and waits for
+#  9. Work saved. Whoever calls the authors' get_images() again adds hooks to the teacher again, so call n
+#     computes its statistics n times. It also computes gradients of weights and waits for
 #     the loss's value at each step. We do none of this; the results are the same up to rounding.
-# 10. ImageNet. The preset is the synthesis of the authors' command line, with random classes instead of
-#     their 42 chosen ones, each twice. The authors added --first-bn 10 after the paper. Their code has a
-#     second setting, with 20,000 steps and without --clip, which is closer to the paper. A pool of the
-#     paper's 140,000 images would take 42 GB.
+# 10. ImageNet. --preset imagenet --synthesize-only 84 makes one batch as the README's command does, but of
+#     random classes instead of 42 chosen ones, each twice. --first-bn 10 is younger than the paper. Closer to
+#     it is the authors' setting 2: --low-resolution-steps 0 --synthesis-steps 20000 --beta1 0.9 --beta2 0.999
+#     --no-clip. A pool of the paper's 140,000 images would take 42 GB.

@@ -1,4 +1,5 @@
 """deepinversion.py: golden numbers (1e-6, float64); synthesis and distill, written anew; what is refused."""
+import dataclasses
 import math
 
 import numpy
@@ -197,3 +198,17 @@ def test_synthesis_alone_keeps_its_images_in_a_file_and_trains_nothing(in_tmp, c
     assert [row["event"] for row in rows if row["event"] != "collapse"] == ["start", "epoch", "epoch", "end"]
     assert rows[-1]["teacher_queries"] == 2 * 3 * 4 and "5 images in" in capsys.readouterr().out
     assert "holds a run already" in refused(di, argv, capsys)
+
+
+def test_every_class_is_asked_for_and_a_pool_of_any_size_is_used():
+    """A batch of fewer images than classes asks for random ones; a given pool counts as what it is."""
+    teacher, student, data = tiny_networks()
+    settings = tiny_settings(di, synthesis_batch_size=6, cycle_targets=True)
+    asked = torch.cat([di.synthesize(teacher, data, settings)[1] for _ in range(20)])
+    assert data.num_classes == 10 and {*asked.tolist()} == {*range(10)}
+    small = di.synthesize_pool(teacher, data, dataclasses.replace(settings, initial_batches=1))
+    settings = dataclasses.replace(settings, initial_batches=3, pool_batches=2, epochs=2)
+    images, _ = di.distill(teacher, student, data, settings, pool=small)
+    assert len(images) == 12
+    alone = dataclasses.replace(settings, initial_batches=0, pool_batches=0)
+    assert len(di.distill(teacher, student, data, alone, pool=small)[0]) == 6
