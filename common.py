@@ -569,6 +569,17 @@ def agreement(logits, other_logits):
     return accuracy(logits, other_logits.argmax(1))
 
 
+def balanced_agreement(logits, teacher_logits):
+    """`agreement`, taken for each class that the teacher names, and averaged over these [ours].
+
+    logits (N, K) and (N, K) -> float in [0, 1]. Where the teacher names one class in most pictures, a student
+    that always names this class agrees with it most of the time, but in its balanced agreement has 1 / K.
+    """
+    named = teacher_logits.argmax(1)                                         # (N,)
+    same = (logits.argmax(1) == named).float()
+    return torch.stack([same[named == label].mean() for label in named.unique()]).mean().item()
+
+
 def expected_calibration_error(logits, labels, bins=15):
     """Mean |confidence - accuracy| over equal bins of confidence, weighted by their size -> float in [0, 1].
 

@@ -36,9 +36,10 @@ import torchvision
 
 import common
 from common import (COSTS, DATASETS, BadInput, DataSpec, ImageSet, Means, accuracy, agreement, augment,
-                    batchnorms, build_model, check_answers, check_model_name, cosine, dataset_names,
-                    drawn_pictures, expected_calibration_error, from_function, frozen, in_bf16, load_dataset,
-                    normalize, one_pass, predict, probe, seeded, set_lr, short, some_pictures, steps)
+                    balanced_agreement, batchnorms, build_model, check_answers, check_model_name, cosine,
+                    dataset_names, drawn_pictures, expected_calibration_error, from_function, frozen, in_bf16,
+                    load_dataset, normalize, one_pass, predict, probe, seeded, set_lr, short, some_pictures,
+                    steps)
 
 
 # ------------------------------------------------------------------------------------------------ 1. teachers
@@ -380,9 +381,13 @@ def compare_students(teacher, students, pictures):
         images = some_pictures(pictures, 1000 if max(data.image_shape[1:]) <= 64 else 200, data)
     images = ImageSet(images, None, 1)
     answers = predict(network, images, data)
-    scores = {file: agreement(predict(load_classifier(file)[0], images, data), answers) for file in files}
-    return [f"agreement with {teacher} on {len(answers)} pictures of {pictures}",
-            *(f"{scores[file]:.4f}  {file}" for file in sorted(files, key=scores.get, reverse=True))]
+    scores = {}
+    for file in files:
+        logits = predict(load_classifier(file)[0], images, data)
+        scores[file] = agreement(logits, answers), balanced_agreement(logits, answers)
+    return [f"agreement with {teacher} on {len(answers)} pictures of {pictures}, as it is and balanced",
+            *("{:.4f}  {:.4f}  {}".format(*scores[file], file)
+              for file in sorted(files, key=scores.get, reverse=True))]
 
 
 # ---------------------------------------------------------------------------------------- 2. the command line
@@ -918,7 +923,7 @@ class Run(Loop):
         return kept["result"]
 
     def score(self, epoch, row):
-        row.update(student_acc=None, agreement=None, agreement_drawn=None)
+        row.update(student_acc=None, agreement=None, agreement_drawn=None, balanced_drawn=None)
         if epoch != self.settings.epochs - 1 and (epoch + 1) % self.options.eval_every:
             return
         if self.test:
@@ -928,6 +933,7 @@ class Run(Loop):
         if self.drawn:
             logits = predict(self.student, self.drawn, self.data)
             row["agreement_drawn"] = agreement(logits, self.teacher_drawn)
+            row["balanced_drawn"] = balanced_agreement(logits, self.teacher_drawn)
 
     def log(self, epoch, means, pixels=None, labels=None):
         """An epoch is over: score the student, write a row and a line, draw the images, keep the state."""
@@ -961,14 +967,15 @@ class Run(Loop):
         if self.test:
             ece = expected_calibration_error(predict(self.student, self.test, self.data), self.test.labels)
         row = dict(event="end", teacher_acc=self.teacher_acc, student_acc_last=last, student_acc_best=best,
-                   agreement=epochs[-1]["agreement"], agreement_drawn=epochs[-1]["agreement_drawn"], ece=ece,
-                   **cost)
+                   agreement=epochs[-1]["agreement"], agreement_drawn=epochs[-1]["agreement_drawn"],
+                   balanced_drawn=epochs[-1]["balanced_drawn"], ece=ece, **cost)
         save_curves(self.folder / "curves.png", epochs, self.teacher_acc)
         save_classifier(self.folder / "student.pt", self.student, self.options.student, self.data,
                         self.options.dataset, test_acc=last, method=self.options.method,
                         teacher_sha256=self.identity["teacher"])
         self.write(row)
-        drawn = f"{_shown(row['agreement_drawn'])} on drawn pictures"
+        drawn = (f"{_shown(row['agreement_drawn'])} on drawn pictures (balanced "
+                 f"{_shown(row['balanced_drawn'])})")
         if getattr(self.settings, "surrogate", "") == "leaves":
             drawn += ", which are of the kind that it was trained on"
         if self.test:
@@ -1075,7 +1082,8 @@ def save_curves(path, epochs, teacher_acc=None):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label in (("student_acc", "student"), ("agreement", "agreement with the teacher"),
-                        ("agreement_drawn", "the same on drawn pictures")):
+                        ("agreement_drawn", "the same on drawn pictures"),
+                        ("balanced_drawn", "the same, balanced over classes")):
         points = [(row["epoch"] + 1, 100 * row[name]) for row in epochs if row.get(name) is not None]
         if points:
             left.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)

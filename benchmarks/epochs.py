@@ -13,6 +13,7 @@ was worth, beside the last epoch and beside the best, which only the test set ca
     agreement-leaves the same on the 2,000 drawn pictures of common.py, dead leaves that no run was shown; for
                      a run on leaves they are of the kind that it learned from
     agreement-pictures the same on 1,000 pictures of a folder, with --pictures folder:PATH
+    balanced-...     the same three, averaged over the classes that the teacher names
     entropy          the epoch whose images the teacher is most certain of (least mean entropy)
     bn-distance      the epoch whose images are nearest to what the teacher's BatchNorm layers remember:
                      CSD's bn_loss. Not for a teacher without BatchNorm
@@ -24,16 +25,20 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (BadInput, ImageSet, agreement, batchnorms, drawn_pictures, frozen, normalize, predict,
-                    recorded_statistics, scoring, seeded, some_pictures)
+from common import (BadInput, ImageSet, agreement, balanced_agreement, batchnorms, drawn_pictures, from_function, frozen,
+                    normalize, predict, recorded_statistics, scoring, seeded, some_pictures)
 from csd import bn_loss
 from pictures import read_log
 from running import Parser, command_line, is_file_name, load_classifier, number_type, read_file, teacher_path
 
 
-def load(path):
-    """-> the network in a teacher's or a student's file, in eval mode, and its DataSpec"""
-    network, data = load_classifier(path)
+def load(name, dataset=None):
+    """A student's file, or a teacher as --teacher takes it.   -> the network, in eval mode, and its DataSpec"""
+    if ":" in name and not is_file_name(name):
+        network, data = from_function(name)
+        network.eval()
+    else:
+        network, data = load_classifier(name if is_file_name(name) else teacher_path(dataset, name))
     return network.to("cuda" if torch.cuda.is_available() else "cpu"), data
 
 
@@ -48,9 +53,9 @@ def bn_distance(teacher, pixels, data):
 
 def measures(folder, rows, pictures=None):
     """-> {rule: a number an epoch, the largest is chosen}"""
-    name = rows[0]["arguments"]["teacher"]
-    teacher, data = load(name if is_file_name(name) else teacher_path(rows[0]["arguments"]["dataset"], name))
-    student, _ = load(Path(folder, "student.pt"))
+    arguments = rows[0]["arguments"]
+    teacher, data = load(arguments["teacher"], arguments["dataset"])
+    student, _ = load(f"{folder}/student.pt")
     device = next(teacher.parameters()).device
     epochs = [row["epoch"] for row in rows if row["event"] == "epoch"]
     kept = [read_file(Path(folder, f"epochs/{epoch}.pt"), "student of --keep-epochs") for epoch in epochs]
@@ -65,10 +70,13 @@ def measures(folder, rows, pictures=None):
         sets.append(("agreement-pictures", ImageSet(shown, None, 1)))
     found = {"last": epochs, "kd-loss": [-row["loss_kd"] for row in rows if row["event"] == "epoch"]}
     for rule, images in sets:
-        answers, found[rule] = predict(teacher, images, data), []
+        answers, found[rule], balanced = predict(teacher, images, data), [], []
         for each in kept:
             student.load_state_dict(each["student"])
-            found[rule].append(agreement(predict(student, images, data), answers))
+            logits = predict(student, images, data)
+            found[rule].append(agreement(logits, answers))
+            balanced.append(balanced_agreement(logits, answers))
+        found[rule.replace("agreement", "balanced")] = balanced
     p = [predict(teacher, ImageSet(each["pixels"], None), data).softmax(1) for each in kept]
     found["entropy"] = [float(torch.xlogy(each, each).sum(1).mean()) for each in p]
     if batchnorms(teacher, data):

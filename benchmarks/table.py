@@ -384,25 +384,39 @@ def drawn_table(runs, measurements):
 
 
 def photographs_table(measurements):
-    """Which of two students is better, by agreement on photographs of other things and on drawn pictures.
+    """How often four scores without data name the better of two students, on drawn pictures and photographs.
 
-    The students are those of all epochs, by benchmarks/epochs.py. Pairs are of two different runs.
+    The students are those of all epochs, by benchmarks/epochs.py. Pairs are of two different runs, and five
+    points of accuracy apart. The last line adds up the teachers for which all four scores are there.
     """
-    teachers = {}
+    scores = {f"{name} {of}": f"{rule}-{pictures}" for of, pictures in (("drawn pictures", "leaves"),
+                                                                      ("photographs", "pictures"))
+              for name, rule in (("agreement on", "agreement"), ("balanced, on", "balanced"))}
+    teachers, whole = {}, {"students": 0, "pairs": {}}
     for row in measurements:
         if row["variant"] == "epochs" and row.get("pictures"):
             name = Path(row["teacher"].rpartition(":")[2]).stem
-            teachers.setdefault((row["dataset"], name), {})[row["out"]] = row
+            teachers.setdefault((row["dataset"], name.rpartition("val_")[2]), {})[row["out"]] = row
     for (dataset, teacher), runs in sorted(teachers.items()):
-        for title, rule in (("drawn pictures", "agreement-leaves"), ("photographs", "agreement-pictures")):
-            students = [list(zip(row["student_acc"], row["measures"][rule])) for row in runs.values()]
+        line = {"data set": dataset, "teacher": teacher, "runs": len(runs),
+                "students": sum(len(row["student_acc"]) for row in runs.values())}
+        far = {}
+        for title, rule in scores.items():
+            students = [[*zip(row["student_acc"], row["measures"][rule])] for row in runs.values()
+                        if rule in row["measures"]]
             pairs = [(one[0] - other[0], one[1] - other[1]) for first, second in
                      itertools.combinations(students, 2) for one in first for other in second]
-            far = [pair for pair in pairs if abs(pair[0]) >= 0.05]
-            correlation = spearmanr([student for of_run in students for student in of_run])[0]
-            yield {"data set": dataset, "teacher": teacher, "agreement on": title, "runs": len(students),
-                   "students": sum(map(len, students)), "rank correlation": f"{correlation:.2f}",
-                   "pairs five points apart": len(far), "the better one found there": share_right(far)}
+            far[title] = [pair for pair in pairs if abs(pair[0]) >= 0.05]
+        yield {**line, "pairs": max(map(len, far.values())),
+               **{title: share_right(pairs) for title, pairs in far.items()}}
+        if all(far.values()):
+            whole["students"] += line["students"]
+            for title, pairs in far.items():
+                whole["pairs"].setdefault(title, []).extend(pairs)
+    if whole["students"]:
+        yield {"data set": "all with four scores", "teacher": "", "runs": "", "students": whole["students"],
+               "pairs": len(next(iter(whole["pairs"].values()))),
+               **{title: share_right(pairs) for title, pairs in whole["pairs"].items()}}
 
 
 def share_right(pairs):

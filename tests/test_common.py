@@ -389,3 +389,13 @@ def test_a_setting_that_is_none_of_its_words_is_refused():
     for method, changes in ((cudfkd, dict(student_loss="l2")), (rdskd, dict(penalty="none"))):
         with pytest.raises(BadInput, match="must be one of"):
             method.distill(teacher, student, data, tiny_settings(method, **changes))
+
+
+def test_balanced_agreement_does_not_reward_a_student_that_always_names_one_class():
+    teacher = torch.eye(4)[torch.tensor([0, 0, 0, 0, 0, 0, 1, 2])]             # it never names class 3
+    constant, copy_ = torch.eye(4)[torch.zeros(8, dtype=torch.long)], teacher.clone()
+    assert common.agreement(constant, teacher) == 0.75
+    assert common.balanced_agreement(constant, teacher) == pytest.approx(1 / 3)
+    assert common.balanced_agreement(copy_, teacher) == 1
+    half = torch.eye(4)[torch.tensor([0, 0, 0, 1, 1, 1, 1, 3])]
+    assert common.balanced_agreement(half, teacher) == pytest.approx(0.5)      # of (1/2, 1, 0)

@@ -305,7 +305,7 @@ def test_a_run_leaves_what_it_promises(method, teacher_file, in_tmp, capsys):
                 "seconds_distillation"} <= set(row)
         assert any(name.startswith("loss") and math.isfinite(value) for name, value in row.items())
     assert set(end) == {"event", "teacher_acc", "student_acc_last", "student_acc_best", "agreement", "ece",
-                        "agreement_drawn", "seconds", "peak_memory_mb", "teacher_queries"}
+                        "agreement_drawn", "balanced_drawn", "seconds", "peak_memory_mb", "teacher_queries"}
     assert 0 <= end["agreement_drawn"] == epochs[-1]["agreement_drawn"] <= 1
     assert start["drawn_pictures"] == 40 and start["data"]["num_classes"] == 10
     assert 0 <= end["student_acc_last"] == epochs[-1]["student_acc"] <= end["student_acc_best"] <= 1

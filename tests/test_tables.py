@@ -313,21 +313,28 @@ def test_weights_of_losses_have_a_table_of_their_own():
     assert groups and not table.race_tables(groups, []) and not groups
 
 
-def test_agreement_on_photographs_beside_that_on_drawn_pictures():
+def test_scores_without_data_on_photographs_and_on_drawn_pictures():
     """Pairs are of two runs: here four, three of them five points apart. A repeated run counts once."""
-    def row(out, *students):
+    def row(out, *students, teacher="folder/mnist-val_net.pt", balanced=False):
         student_acc, leaves, pictures = zip(*students)
-        return dict(variant="epochs", dataset="cifar10", teacher="folder/net.pt", pictures="folder:x",
-                    out=out, student_acc=student_acc, chosen={},
-                    measures={"agreement-leaves": leaves, "agreement-pictures": pictures})
+        measures = {"agreement-leaves": leaves, "agreement-pictures": pictures}
+        if balanced:
+            measures.update({"balanced-leaves": pictures, "balanced-pictures": leaves})
+        return dict(variant="epochs", dataset="mnist", teacher=teacher, pictures="folder:x", out=out,
+                    student_acc=student_acc, chosen={}, measures=measures)
     rows = [row("a", (0.1, 0.9, 0.9)), row("a", (0.5, 0.6, 0.1), (0.6, 0.5, 0.3)),
             row("b", (0.62, 0.4, 0.2), (0.7, 0.3, 0.4))]
-    drawn, photographs = table.photographs_table(rows)
+    alone, = table.photographs_table(rows)
     assert not [*table.epochs_table(rows)]
-    assert (drawn["teacher"], drawn["runs"], drawn["students"]) == ("net", 2, 4)
-    assert (drawn["rank correlation"], photographs["rank correlation"]) == ("-1.00", "0.80")
-    assert (drawn["pairs five points apart"], drawn["the better one found there"]) == (3, "0 %")
-    assert photographs["the better one found there"] == "100 %"
+    assert (alone["teacher"], alone["runs"], alone["students"], alone["pairs"]) == ("net", 2, 4, 3)
+    assert (alone["agreement on drawn pictures"], alone["agreement on photographs"]) == ("0 %", "100 %")
+    assert alone["balanced, on drawn pictures"] == alone["balanced, on photographs"] == "-"
+    rows += [row("c", (0.1, 0.5, 0.2), teacher="mine:other", balanced=True),
+             row("d", (0.9, 0.4, 0.3), teacher="mine:other", balanced=True)]
+    *_, other, whole = table.photographs_table(rows)
+    assert (other["teacher"], other["agreement on drawn pictures"], other["balanced, on drawn pictures"]) == (
+        "other", "0 %", "100 %")
+    assert (whole["students"], whole["pairs"], whole["balanced, on drawn pictures"]) == (2, 1, "100 %")
 
 
 def test_pairs_of_students_of_one_teacher():
