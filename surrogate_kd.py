@@ -979,7 +979,7 @@ if __name__ == "__main__":
 # 20. Visits. --visits is in no paper. With --visits 3, the student trains three times on each batch that the
 #     teacher has answered: at once, and twice later in the epoch. An epoch has as many steps as without it,
 #     but asks the teacher for a third of the answers and sees a third of the pool.
-# 21. --teacher-statistics batch takes the batch's statistics in the teacher's BatchNorm, so that noise excites
-#     later layers as real images do, as others tell of NeurIPS 2022, openreview K8JngctQ2Tu. Noise on CIFAR-10,
-#     one seed: 17.17 % instead of 27.9 ± 0.9, because the student's own layers remember noise. If they, too,
-#     take the statistics of each batch of test images, 50.6 %; this alone, without the flag, was not tried.
+# 21. --teacher-statistics batch: the teacher's BatchNorm takes the batch's statistics, so that noise acts on
+#     later layers as real images do (as others tell of NeurIPS 2022, openreview K8JngctQ2Tu). Noise on
+#     CIFAR-10, one seed: 17.17 % instead of 27.9 ± 0.9, as the student's own layers remember noise. If they,
+#     too, take the statistics of each test batch, 50.6 %; this alone, without the flag, was not tried.

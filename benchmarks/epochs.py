@@ -25,15 +25,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (BadInput, ImageSet, agreement, balanced_agreement, batchnorms, drawn_pictures, from_function, frozen,
-                    normalize, predict, recorded_statistics, scoring, seeded, some_pictures)
+from common import (BadInput, ImageSet, agreement, balanced_agreement, batchnorms, drawn_pictures,
+                    from_function, frozen, normalize, predict, recorded_statistics, scoring, seeded,
+                    some_pictures)
 from csd import bn_loss
 from pictures import read_log
 from running import Parser, command_line, is_file_name, load_classifier, number_type, read_file, teacher_path
 
 
 def load(name, dataset=None):
-    """A student's file, or a teacher as --teacher takes it.   -> the network, in eval mode, and its DataSpec"""
+    """A student's file, or a teacher as --teacher takes it.   -> the network, in eval mode, its DataSpec"""
     if ":" in name and not is_file_name(name):
         network, data = from_function(name)
         network.eval()

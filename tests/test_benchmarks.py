@@ -338,15 +338,17 @@ def test_rules_for_an_epoch_look_at_what_was_kept_and_name_one_each(teacher_file
     row, = rows_of(".")
     scores = [each["student_acc"] for each in rows_of("cudfkd") if each["event"] == "epoch"]
     assert row["student_acc"] == scores and row["chosen"]["last"] == 2
-    assert {*row["chosen"]} == {"last", "kd-loss", "agreement", "agreement-leaves", "entropy", "bn-distance"}
+    assert {*row["chosen"]} == {"last", "kd-loss", "agreement", "agreement-leaves", "balanced",
+                               "balanced-leaves", "entropy", "bn-distance"}
     for rule, values in row["measures"].items():
         assert len(values) == 3 and values[row["chosen"][rule]] == max(values)
-    teacher, data = epochs.load(teacher_file)
+    teacher, data = epochs.load(str(teacher_file))
     student, _ = epochs.load("cudfkd/student.pt")                    # the last epoch's student is student.pt
     leaves = common.drawn_pictures(data).pixels
     assert leaves.shape == (2000, *data.image_shape)
     answers = [common.predict(net, common.ImageSet(leaves, None), data) for net in (student, teacher)]
     assert row["measures"]["agreement-leaves"][-1] == common.agreement(*answers)
+    assert row["measures"]["balanced-leaves"][-1] == common.balanced_agreement(*answers)
     line, *_ = [line for line in table.epochs_table([row]) if line["rule"] == "last"]
     assert line["points over the last epoch"] == "0.00" and line["runs better, same, worse"] == "0, 1, 0"
     assert "no finished run" in refused(epochs, ["dafl"], capsys)
