@@ -358,7 +358,7 @@ def drawn_students(runs, measurements):
         teachers.setdefault((arguments["dataset"], f"{name} ({digest[:6]})"), {})[arguments["out"]] = (
             computed, accuracy, agreement)
     for row in measurements:
-        if row["variant"] == "epochs":
+        if row["variant"] == "epochs" and not row.get("pictures"):       # those have a table of their own
             arguments = {**presets_of(row["method"]).get(row["preset"], {}), **row["changed"],
                          "dataset": row["dataset"], "out": row["out"]}
             add(row, arguments, row["student_acc"][-1], row["measures"]["agreement-leaves"][-1])
