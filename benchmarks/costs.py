@@ -65,7 +65,7 @@ def planned(command):
     if not module:
         raise BadInput(f"'{script}' is none of {', '.join(module.__name__ + '.py' for module in MODULES)}")
 
-    def stop(options, settings, data, needs=None, gradient=True):
+    def stop(options, settings, data, *rest, **more):
         raise Planned(options, settings, data)
 
     def spec(options):
