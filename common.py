@@ -573,7 +573,8 @@ def balanced_agreement(logits, teacher_logits):
     """`agreement`, taken for each class that the teacher names, and averaged over these [ours].
 
     logits (N, K) and (N, K) -> float in [0, 1]. Where the teacher names one class in most pictures, a student
-    that always names this class agrees with it most of the time, but in its balanced agreement has 1 / K.
+    that always names this class agrees with it most of the time. Its balanced agreement is only 1 divided by
+    the number of classes that the teacher names.
     """
     named = teacher_logits.argmax(1)                                         # (N,)
     same = (logits.argmax(1) == named).float()

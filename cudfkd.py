@@ -26,8 +26,8 @@ Run it
     Nobody has run the second command yet. The abstract promises 90 % within 15 epochs. Where we measured it
     (--preset cifar10-cpu), the curriculum shows no gain (note 2).
 Copy it
-    Each loss can be copied alone. For distill(), copy common.py and this file, and in the copy delete main(),
-    its call, and the import from running.
+    Each loss can be copied alone. For distill(), copy common.py and this file, and in the copy delete main()
+    with the line above it, its call at the end, and the import from running.
 Letters: G generator; N images in a batch, K classes; an image is C x H x W, a random vector z has L numbers;
 ℓ difficulty, v its weight, λ age, α weight of the adversarial loss, τ temperature; L_oh, L_bn ...: losses.
 Sources: [code] the authors' code, ljrprocc/DataFree at bf3096b; [ours] a reconstruction or a choice of this

@@ -158,9 +158,9 @@ def bn_loss(statistics, running, first=1.0):
         L_bn = Σ over layers of w (‖var - running_var‖₂ + ‖mean - running_mean‖₂)
 
     Two lists with one pair (mean, variance) for each layer, both (channels,) -> a scalar, at least 0. w is
-    `first` for the first layer and 1 for the others. During
-    the teacher's training, each BatchNorm layer kept a running mean and variance of its input: a trace of the
-    real data (`running`). `statistics` are the mean and variance of the layer's input h for our images:
+    `first` for the first layer and 1 for the others. During the teacher's training, each BatchNorm layer kept
+    a running mean and variance of its input: a trace of the real data (`running`). `statistics` are the mean
+    and variance of the layer's input h for our images:
 
         var, mean = torch.var_mean(h, (0, 2, 3), correction=0)
     """

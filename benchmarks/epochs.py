@@ -36,7 +36,7 @@ from running import Parser, command_line, is_file_name, load_classifier, number_
 def load(name, dataset=None):
     """A student's file, or a teacher as --teacher takes it.   -> the network, in eval mode, its DataSpec"""
     if ":" in name and not is_file_name(name):
-        network, data = from_function(name)
+        network, data = from_function(name, pretrained=True)
         network.eval()
     else:
         network, data = load_classifier(name if is_file_name(name) else teacher_path(dataset, name))
@@ -56,7 +56,8 @@ def measures(folder, rows, pictures=None):
     """-> {rule: a number an epoch, the largest is chosen}"""
     arguments = rows[0]["arguments"]
     teacher, data = load(arguments["teacher"], arguments["dataset"])
-    student, _ = load(f"{folder}/student.pt")
+    student, of_student = load(f"{folder}/student.pt")
+    data = data or of_student                              # a function may return a network alone
     device = next(teacher.parameters()).device
     epochs = [row["epoch"] for row in rows if row["event"] == "epoch"]
     kept = [read_file(Path(folder, f"epochs/{epoch}.pt"), "student of --keep-epochs") for epoch in epochs]

@@ -168,6 +168,13 @@ def test_a_constant_v_descends_the_whole_objective(curriculum):
     near(torch.autograd.grad(objective, losses)[0], v)
 
 
+def test_the_loss_itself_takes_the_weights_as_constants():
+    """So that somebody who copies it and forgets detach() does not push the student away from the teacher."""
+    losses = LOSSES.clone().requires_grad_()
+    v = cu.curriculum_weights(losses, 2.0)
+    near(torch.autograd.grad(cu.curriculum_loss(losses, v), losses)[0], v.detach() / 4)
+
+
 def test_the_default_weight_falls_over_the_same_width_at_every_age():
     for age in (0.2, 2.0, 12.0):
         below, at, above = cu.curriculum_weights(torch.tensor([age - 1, age, age + 1], dtype=D), age)
