@@ -6,9 +6,10 @@ This method needs real images and labels, and saves work by taking gradient step
 network that regulates itself looks at every image, but learns only from those that it needs, because it gets
 them wrong or is unsure. The teacher learns in this way, and how often it needed an image is the image's
 significance. A `regulated` student chooses its images itself, as the teacher did. A `significance` student
-learns from every image that the teacher ever needed, and weights its loss by its significance. A `hybrid`
-student does both. In our runs, `regulated` equals plain distillation on MNIST and is no better than labels
-alone on Fashion-MNIST and CIFAR-10. The others lose three points on MNIST, with a seventh of the steps.
+learns from every image that the teacher ever needed, and weights each loss by the image's significance. A
+`hybrid` student does both. In our runs, `regulated` equals plain distillation on MNIST and is no better than
+labels alone on Fashion-MNIST and CIFAR-10. The others lose three points on MNIST, with a seventh of the
+steps.
 
     all images, labels ──► network in training ──► wrong, or not confident? ──no──► skipped in this epoch
                                                              │ yes
@@ -18,8 +19,7 @@ alone on Fashion-MNIST and CIFAR-10. The others lose three points on MNIST, with
 
 Run it
     python regulated_kd.py --dataset digits     a minute or two on a CPU; 94.78 ± 1.51 % (teacher 98.33)
-    python regulated_kd.py --dataset mnist      98.75 ± 0.08 %, with steps on 5.25 % of the visits to images
-                                                (on all, --mode kd: 98.73)
+    python regulated_kd.py --dataset mnist      98.75 ± 0.08 %, steps on 5.25 % of the visits (on all: 98.73)
 Copy it
     Copy common.py and this file; in the copy, delete main() with its decorator and call, self_regulated() and
     the import from running. With an untrained `teacher`, an ImageSet `train` and a DataSpec `data`:

@@ -20,8 +20,8 @@ Run it
                                                 subfolders; needs a GPU, not run yet
 
 Copy it
-    Each loss and each generator can be copied alone, with the helper that it calls. For the method, copy
-    common.py and this file; delete "Pictures that are there", main(), its call, the import from running:
+    Each loss and each generator can be copied alone, with its helper. For the method, copy common.py and this
+    file; delete the import from running, "Pictures that are there", main() with its decorator and its call:
         draw = lambda start, n: procedural_pixels("leaves", n, data, settings, device)
         pixels, labels, _ = balanced_pool(teacher, data, settings, draw)
         distill(teacher, student, data, settings, surrogate=pixels, pseudo_labels=labels)
@@ -634,7 +634,8 @@ def main(argv=None):
     if settings.boundary_attack:
         torch.backends.cudnn.benchmark = False    # batch sizes vary in the attack, so autotuning is useless
     distill(teacher, student, data, settings, run, surrogate=pixels, pseudo_labels=labels)
-    if settings.teacher_statistics == "batch" and run.test and batchnorms(student, data):
+    if settings.teacher_statistics == "batch" and run.test and any(
+            isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in batchnorms(student, data)):
         with chosen_statistics(student, data, settings):         # the student remembers those of the pictures
             score = accuracy(predict(student, run.test, data), run.test.labels)
         run.note("accuracy of the student if it, too, takes the statistics of each batch of 500 test images: "
