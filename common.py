@@ -601,7 +601,7 @@ def drawn_pictures(data, n=None):
     n is 2,000, or 200 where images are larger than 64x64, so that drawing and scoring them stays quick.
 
     How often a student agrees with its teacher on them compares students of one teacher. It is no accuracy.
-    They are always the same ones, drawn with a seed that no run has, and nothing is trained on them, except
+    They are always the same ones, drawn with one fixed seed, and nothing is trained on them, except
     by surrogate_kd.py --surrogate leaves, which draws others of the same kind.
     """
     size = max(32, *data.image_shape[1:])

@@ -1,14 +1,15 @@
 """Plain inversion: what is left of data-free distillation without what we found not to pay
 
-No paper stands behind this file. It is ours, and it is what you should try first if you have nothing but a
-teacher. One generator makes batch after batch of images, a few steps for each: the frozen teacher should see
+No paper stands behind this file; the method is ours. If you have nothing but a teacher with BatchNorm, try
+it first. One generator makes batch after batch of images, a few steps for each: the frozen teacher should see
 the classes that we ask for, and each BatchNorm layer should see the statistics that it remembers from real
 data. The images fill a bank. The student learns to answer as the teacher does on images of the bank, which
-are changed at random and can be mixed. Generator and student do not compete, and no label is used.
+are changed at random and can be mixed. Generator and student do not compete.
 
-A teacher without BatchNorm remembers no statistics, and meaningless fine patterns make it sure of a class. If
-its images are in colour, the generator is asked for the statistics that photographs leave in its layers (note
-12). For grey ones there is --preset mnist-cpu: coarse images, still recognized when turned and stretched.
+A teacher without BatchNorm remembers no statistics, and meaningless fine patterns make it sure of a class. In
+colour, photographs of other things are then sent through it, and the made images should have the statistics
+that these had in its layers (note 12). For grey images, --preset mnist-cpu makes coarse images, which the
+teacher should recognise also when they are turned and stretched.
 
     z ──► G ──► images ──► change ──► teacher ──► right class? wanted statistics? ──► update G and z
                   │
@@ -22,16 +23,15 @@ Run it
     python plain_inversion.py --dataset digits      two minutes on a CPU; 96.6 ± 0.5 % (teacher 98.9)
     python plain_inversion.py --preset cifar10      ResNet-34 to ResNet-18: for a GPU, not run yet (note 8)
     python plain_inversion.py --preset cifar10-cpu  40 minutes of two cores; 77.5 ± 1.3 % (teacher 92.7)
-    Each preset names a teacher, which is trained first. To use your own, see the front page.
+    Their teachers are trained first, which takes longer than all of this. To use yours: front page.
 
 Copy it
-    Each loss function can be copied alone. For the whole method, copy common.py and this file, and in the
-    copy delete main() and the import from running. DataSpec, frozen() and all helpers are in common.py.
+    Each loss function can be copied alone. For the whole method, copy common.py, which has all helpers, and
+    this file; there delete the import from running, main() with the line above it, and its call below.
 
 Letters: T teacher, S student, G generator; N images in a batch, M in the bank, K classes; an image is
-C x H x W, a random vector z has L numbers, y is the class that was asked for.
-Sources: [csd] is CSD's authors' code, see csd.py; [ours] a choice of this file. What we know of each part's
-worth stands in the notes at the end.
+C x H x W, a random vector z has L numbers, y is the class that was asked for. Pixels are in [0, 1]; images
+are pixels normalised for a network. [csd] is CSD's authors' code, see csd.py; [ours] a choice of this file.
 """
 import math
 from dataclasses import dataclass, replace
@@ -57,7 +57,7 @@ class Settings:
     student_steps: int = 459            # steps of the student in an epoch
     batch_size: int = 128               # images in a step of the student
     optimizer: Literal["sgd", "adam"] = "sgd"   # of the student: SGD with momentum 0.9, or AdamW
-    lr_student: float = 0.1             # at the start; it falls along a cosine to 0
+    lr_student: float = 0.1             # of the first epoch; it falls along a cosine, from epoch to epoch
     weight_decay: float = 1e-4          # of the student
     temperature: float = 10.0           # τ in kd_loss
     mixup: bool = True                  # teacher and student see mixtures of two images
@@ -86,8 +86,9 @@ PRESETS = {
         CIFAR10_CPU, bank_rounds=1000, epochs=100, student_steps=500)),
     # The row of the comparison in benchmarks/: chosen among six trials on CIFAR-10's validation images
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", CIFAR10_CPU),
-    # For teachers without BatchNorm, where bn has no effect. Chosen with two teachers that are in no race of
-    # benchmarks/, a CNN and a vision transformer (note 9). Steps as in csd.py's preset, with 20 rounds more
+    # For teachers without BatchNorm, where bn has no effect. The numbers were chosen with two teachers that
+    # are in no race of benchmarks/, a CNN and a vision transformer (note 9). That coarse images were needed
+    # was seen with the race's foreign teachers. Steps as in csd.py's preset, with 20 rounds more
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(
         CIFAR10_CPU, epochs=20, student_steps=400, optimizer="adam", lr_student=2e-3, weight_decay=0.0,
         mixup=False, bank_rounds=100, bank_synthesis_steps=15, synthesis_steps=15, contrast=1.0, detail=2,
@@ -156,7 +157,7 @@ def statistics_loss(statistics, wanted):
 
 
 def contrast_loss(images):
-    """How far mean and variance of a batch's pixels are from those of the teacher's data [ours].
+    """How far the mean and variance of normalised images are from those of the teacher's data [ours].
 
         L_contrast = ‖variance - 1‖₂ + ‖mean‖₂
 
@@ -209,7 +210,7 @@ def find_statistics(teacher, data, settings):
     The first two hold for a teacher with BatchNorm as well, beside `bn_loss`.
     -> {layer of the teacher: (mean, variance) of its input}, each (channels,); empty for none. Raises
     BadInput if --statistics-from names something else, if a folder has no picture or a drawn one is damaged,
-    and if named pictures leave no statistics.
+    and if named pictures leave no statistics. The two photographs need scikit-learn.
     """
     source = source_of_statistics(teacher, data, settings)
     if not source:
@@ -241,7 +242,9 @@ def source_of_statistics(teacher, data, settings):
 
 @torch.no_grad()
 def statistics_of(pixels, teacher, data, settings):
-    """What pictures leave in a teacher's layers: in place of what BatchNorm would remember [ours].
+    """The mean and variance of a teacher's layers when pictures pass through it [ours].
+
+    They stand in place of those that BatchNorm layers would remember.
 
     The pictures may show other things than the teacher's data, but should be of the same kind: photographs
     for a teacher that has learned from photographs. Ten random batches of them are cropped, mirrored and
@@ -406,9 +409,10 @@ def distill(teacher, student, data, settings, run=None, bank=None):
     data       a DataSpec: image shape, number of classes, normalisation, augmentation
     run        writes log and checkpoints; main() passes one, your own code need not
     bank       what `synthesize_bank` returned; it is made here if it is None
-    Random numbers start from settings.seed; the caller's are left as they were. Returns the whole bank,
-    from which nothing is ever removed: pixels (M, C, H, W) uint8 and the classes asked for (M,). Raises
-    FloatingPointError if a loss is no longer finite.
+    Both networks must be on one device. The student is left in train mode: call student.eval() before you
+    use it. Random numbers start from settings.seed; the caller's are left as they were. Returns the whole
+    bank, from which nothing is ever removed: pixels (M, C, H, W) uint8 and the classes asked for (M,).
+    Raises FloatingPointError if a loss is no longer finite.
     """
     device, n = next(teacher.parameters()).device, settings.synthesis_batch_size
     bank = bank or synthesize_bank(teacher, data, settings)
@@ -507,9 +511,10 @@ if __name__ == "__main__":
 
 
 # ----------------------------------------------------------------------------------------------------- notes
-# What we know of each part's worth. A trial is one seed on CIFAR-10's validation images, WRN-16-2 to
-# WRN-16-1, about 40 minutes of two cores each; two trials may differ by a point or two by chance alone.
-# ± stands for the standard deviation over three seeds on the test images.
+# What we know of each part's worth. A trial is one seed, scored on validation images: on CIFAR-10's, from
+# WRN-16-2 to WRN-16-1 in about 40 minutes of two cores, if nothing else is said. Two trials may differ by a
+# point or two by chance alone. ± is the standard deviation over three seeds on the test images, and over
+# five for the digits.
 #
 #  1. One generator that goes on, instead of a new one for each batch. CSD with this change and no other:
 #     69.5 ± 1.8 became 71.4 ± 1.5 %. Here, in two trials, 70.1 became 76.4 %, but the numbers of steps had
@@ -517,31 +522,34 @@ if __name__ == "__main__":
 #     are two such generators: one makes the bank, and a new one makes the batches of the epochs.
 #  2. Answers that serve three steps. Where the teacher's answer costs as much as the student's step, this
 #     leaves time for more steps: 76.4 became 78.5 %, two trials. --visits 1 asks for every step.
-#  3. The weight of the BatchNorm term: 78.5 % with 1, 79.4 with 3, two trials. --bn (and a --bank)
-#  4. Mixtures were never tried apart from the rest, so we do not know what they are worth. --no-mixup
+#  3. The weight of the BatchNorm term: 78.5 % with 1, 79.4 with 3, two trials. To change it, type --bn and
+#     name another --bank.
+#  4. Mixtures were never tried apart from the rest, so we do not know what they are worth. --no-mixup leaves
+#     them out.
 #  5. The student's loss does not use the classes that were asked for. For a mixture, the label would have to
 #     be a mixture of two classes, and the teacher's answer is there already.
-#  6. Two changes to the setting of note 2, which had 78.5 %, were tried and left out, because both were
-#     worse: an adversarial term against the student (75.8 %), batches of 64 images with more steps (76.6
-#     %).
+#  6. Tried and left out, in trials that asked the teacher at every step, like the 76.4 % of note 2: batches
+#     of 64 images with more steps, which gave 76.6 %, and an adversarial term against the student, 75.8 %,
+#     in a run with half the bank and sixty short epochs. Neither is clearly better or worse.
 #  7. target_acc in the log is the share of shown images that the teacher puts into the class asked for. With
 #     mixtures it is low, because on average half of a mixture is another image. agreement_made is the share
 #     on which student and teacher name the same class.
-#  8. The preset cifar10 has not been run yet. benchmarks/costs.py counts 32 PFLOP and 1.0 GB for it: half an
-#     hour of a GPU that does 18 TFLOP/s in practice. The teacher's own training is not in it.
+#  8. The preset cifar10 has not been run yet. benchmarks/costs.py counts 32 PFLOP, half an hour of a GPU that
+#     does 18 TFLOP/s, and 1.0 GB for a step. The bank and the answered batches of an epoch are kept on the
+#     device, too: 0.9 GB for images of 32x32, and 44 GB for 224x224. Lower --bank-rounds there.
 #  9. Coarse images (--detail, --warp, --contrast) are for teachers of grey images without BatchNorm, whose
 #     images look like woven cloth otherwise. Trials on MNIST: with a CNN (teacher 99.14 %), 94.96 became
-#     97.82 %, but the student's optimizer and mixtures had changed as well. A vision transformer (97.20) gave
-#     91.76 %, and a LeNet-5 with BatchNorm (99.04) 97.94. In colour they helped little (note 12).
-# 10. --detail, --warp and --contrast were tried only on grey images with a black background; --warp brings
-#     black in at the borders. --contrast takes the DataSpec at its word. Where mean and deviation are not
-#     those of all pixels (0.5 is a habit, and CIFAR-10's usual deviations are too small), use --contrast
-#     0. Each of the three needs a --bank of its own.
-# 11. A student of the teacher's structure, half as wide. With a CNN on MNIST (99.04 %) it reaches 98.92 % in
-#     one trial. Half a LeNet-5 reached 97.82, with that CNN from another training. With a network with
-#     GroupNorm on CIFAR-10, and coarse images, it ends at 38.00 %, and a WRN-16-1 at 51.51 (test images, one
-#     seed). The students' sizes differ as well.
+#     97.82 %, but the bank, the student's optimizer and mixtures had changed as well. A vision transformer
+#     (97.20) gave 91.76 %, and a LeNet-5 with BatchNorm (99.04) 97.94.
+# 10. The numbers of --detail, --warp and --contrast were chosen on grey images with a black background, and
+#     --warp brings black in at the borders. In colour, with a GroupNorm teacher and no statistics, all three
+#     took 49.37 to 51.51 % (one seed). Each needs a --bank of its own. Use --contrast 0 where mean and std
+#     are not those of all pixels: 0.5 is a habit, and CIFAR-10's usual deviations are too small.
+# 11. A student may have its teacher's structure at half the width. With a CNN on MNIST (99.04 %) such a
+#     student reached 98.92 % in one trial, and half a LeNet-5 97.82, with that CNN from another training.
+#     With a GroupNorm teacher on CIFAR-10 and coarse images it ends at 38.00 %, and a WRN-16-1 at 51.51
+#     (test images, one seed). The students' sizes differ as well.
 # 12. Statistics of photographs. With a GroupNorm teacher (84.19 % on CIFAR-10), WRN-16-1 ends at 49.37 %
 #     without them, at 63.40 with two photographs and at 72.72 with a hundred of CIFAR-100's, which are much
 #     like CIFAR-10's (one seed, bf16). The weight was chosen there. With a LayerNorm teacher (83.20), for
-#     which nothing was chosen, it is 54.52, 67.12 and 72.98. Photographs of another kind were not tried.
+#     which nothing was chosen, it is 54.52, 67.12 and 72.98. A hundred of another kind were not tried.

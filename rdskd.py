@@ -5,7 +5,7 @@ Pengchao Han, Jihong Park, Shiqiang Wang, Yejun Liu. ICASSP 2021, arXiv 2011.037
 As in DAFL (dafl.py), a generator learns to make images about which the frozen teacher is certain and which
 cover all classes. RDSKD drops DAFL's activation loss and changes three things. First, it has a diversity
 loss. Each batch is cut into two halves, and the more the teacher's answers for the two halves differ, the
-more their pixels must differ. Second, the losses for certainty and for coverage pull against each other, so
+more their images must differ. Second, the losses for certainty and for coverage pull against each other, so
 each gets a weight that adapts: a loss that has risen above its earlier value counts more, and one that has
 fallen counts less. Third, the generator is trained alone, without regard to a student. Then it is fixed, and
 the student learns from its images.
@@ -23,11 +23,13 @@ Run it
 
 Copy it
     Each loss function can be copied alone. For train_generator() and distill(), copy common.py, which also
-    has DataSpec, and this file. In the copy, delete main() and the import from running.
+    has DataSpec, and this file. In the copy, delete the import from running, main() with the line above it,
+    and its call below it.
 
-Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
-x1, x2 the images of the two halves of a batch, P1, P2 the teacher's probabilities for them; CE cross-entropy;
-KL Kullback-Leibler divergence; τ the temperature, which divides the logits.
+Letters: G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes; x1, x2 the
+images of the two halves of a batch, P1, P2 the teacher's probabilities for them; L_oh, L_ie, L_ds the losses
+below, r_oh, r_ie earlier values of two of them; KL Kullback-Leibler divergence; τ the temperature, which
+divides the logits.
 Sources: [code] the authors' code, PengchaoHan/RDSKD at 8512a9d; [ours] a reconstruction or a choice of this
 file. Of the paper we had the abstract alone. "Note 3" is the third entry at the end of this file.
 """
@@ -62,8 +64,8 @@ class Settings:
     diversity_weight: float = 1.0       # weight of the diversity term
     diversity: Literal["ds", "ms", "none"] = "ds"   # ds: diversity_loss; ms: mode_seeking_loss (note 6)
     penalty: Literal["exp", "fixed"] = "exp"        # exp: e^(loss - reference); fixed: the loss (note 6)
-    reference: Literal["epoch", "previous"] = "epoch"   # what a loss is compared with (note 1)
-    student_optimizer: Literal["sgd", "adam"] = "adam"  # of the student: SGD with momentum 0.9, or AdamW
+    reference: Literal["epoch", "previous"] = "epoch"   # r_oh, r_ie: of a round's 2nd step, or the last
+    student_optimizer: Literal["sgd", "adam"] = "adam"  # SGD with momentum 0.9, or AdamW, at decay 0 Adam
     lr_student: float = 2e-3            # learning rate of the student at the start
     weight_decay: float = 0.0           # of the student
     schedule: Literal["steps", "constant", "cosine"] = "steps"  # steps: student's rate / 10 at 80 %
@@ -81,13 +83,13 @@ PRESETS = {
     # [code]: the authors' numbers
     "svhn": Preset("svhn", "wrn40_2", "wrn16_1", replace(CIFAR10, schedule="constant")),
     "mnist": Preset("mnist", "lenet5", "lenet5_half", MNIST),
-    # [ours]: for the race in benchmarks/, 40 minutes of two cores
+    # [ours]: for the comparison in benchmarks/, where the limit is 40 minutes of two cores
     "cifar10-cpu": Preset("cifar10", "wrn16_2", "wrn16_1", replace(
         CIFAR10, epochs=33, student_steps=200, batch_size=64, generator_epochs=10, generator_steps=60,
         synthesis_batch_size=256, generator_width=32, student_optimizer="sgd", lr_student=0.1,
         weight_decay=5e-4, schedule="cosine", temperature=20.0)),
-    # [ours]: for the race in benchmarks/, 20 minutes of two cores. The generator learns in fewer rounds and
-    # at a lower rate than the authors' (note 9).
+    # [ours]: for the comparison in benchmarks/, where the limit is 20 minutes of two cores. The generator
+    # learns in fewer rounds and at a lower rate than the authors' (note 9).
     "mnist-cpu": Preset("mnist", "lenet5", "lenet5_half", replace(
         MNIST, epochs=60, batch_size=256, generator_epochs=5, synthesis_batch_size=256, generator_width=32,
         lr_generator=1e-4, schedule="cosine")),
@@ -139,7 +141,7 @@ def information_entropy_loss(teacher_logits):
 
 
 def diversity_loss(images, teacher_logits):
-    """How much more two halves of a batch differ in the teacher's answers than in their pixels [code].
+    """How far apart two halves of a batch are in the teacher's answers, over how far apart as images [code].
 
         L_ds = ‖P2 - P1‖ / (‖x2 - x1‖ + 1e-8)
 
@@ -153,12 +155,12 @@ def diversity_loss(images, teacher_logits):
 
 
 def mode_seeking_loss(images, z):
-    """How much more two halves of a batch differ in their random vectors than in their pixels [ours, note 6].
+    """How far apart two halves of a batch are in their random vectors, over how far apart as images [ours].
 
         L_ms = 1 / (mean |x2 - x1| / mean |z2 - z1| + 1e-5)
 
     Images (N, C, H, W) and vectors (N, L), N even -> a scalar, at least 0. Random vectors that lie apart
-    should give images that lie apart, whatever the teacher answers. The term is that of MSGAN.
+    should give images that lie apart, whatever the teacher answers. The term is that of MSGAN (note 6).
     """
     (images_1, images_2), (z_1, z_2) = images.chunk(2), z.chunk(2)
     return 1 / ((images_2 - images_1).abs().mean() / (z_2 - z_1).abs().mean() + 1e-5)
@@ -191,13 +193,13 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(latent_dim, channels * (height // 4) * (width // 4)),
             nn.Unflatten(1, (channels, height // 4, width // 4)),            # (N, 128, H/4, W/4)
-            nn.BatchNorm2d(channels),                                        # no ReLU around it [code]
+            nn.BatchNorm2d(channels),                                        # no ReLU before or after [code]
             UpsampledConv2d(channels, channels),                             # doubled: (N, 128, H/2, W/2)
             nn.BatchNorm2d(channels, eps=0.8), nn.LeakyReLU(0.2, inplace=True),      # eps from DAFL's code
             UpsampledConv2d(channels, half),                                 # (N, 64, H, W)
             nn.BatchNorm2d(half, eps=0.8), nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(half, image_channels, 3, padding=1), nn.Tanh(),        # (N, C, H, W)
-            nn.BatchNorm2d(image_channels, affine=False))                    # mean 0, deviation 1 per channel
+            nn.BatchNorm2d(image_channels, affine=False))                    # in phase 1: mean 0, deviation 1
 
     def forward(self, z):
         return self.layers(z)
@@ -217,8 +219,9 @@ def train_generator(teacher, data, settings, run=None):
     teacher, data   as in distill()
     run             writes log and checkpoints of this phase; main() passes one, your own code need not
 
-    Returns the generator, in train mode. Raises BadInput if a batch cannot be cut into two equal halves or a
-    side is no multiple of 4, and FloatingPointError after a round in which a loss was not finite.
+    Returns the generator, in train mode; phase 2 uses it in eval mode. Raises BadInput if a batch cannot be
+    cut into two equal halves or a side is no multiple of 4, and FloatingPointError after a round in which a
+    loss was not finite.
     """
     check(settings)
     device, width = next(teacher.parameters()).device, settings.generator_width
@@ -233,7 +236,7 @@ def train_generator(teacher, data, settings, run=None):
         # frozen: the teacher is in eval mode; gradients pass through it, but its weights get none
         with frozen(teacher):
             for step in steps(settings.generator_steps, "synthesis"):
-                # -------- (1) Generator: min  e^(L_oh - r_oh) + e^(L_ie - r_ie) + ‖P2 - P1‖ / ‖x2 - x1‖
+                # -------- (1) Generator: min  e^(L_oh - r_oh) + e^(L_ie - r_ie) + L_ds,  each with its weight
                 z = torch.randn(settings.synthesis_batch_size, settings.latent_dim, device=device)
                 # in plain memory order, because some teachers call x.view
                 images = row_major(generator(z))                             # (N, L) -> (N, C, H, W)
@@ -283,7 +286,8 @@ def distill(teacher, student, data, settings, run=None, generator=None):
     run        writes log and checkpoints of phase 2; main() passes one, your own code need not
     generator  what train_generator() returned; without it, phase 1 runs first, and writes nothing
 
-    Returns the generator. Raises what train_generator() raises.
+    Returns the generator. The student is left in train mode: call student.eval() before you use it. Raises
+    what train_generator() raises, and FloatingPointError after an epoch in which a loss was not finite.
     """
     device = next(teacher.parameters()).device
     generator = generator or train_generator(teacher, data, settings)
@@ -309,6 +313,7 @@ def distill(teacher, student, data, settings, run=None, generator=None):
                 optimizer.zero_grad()
                 loss_kd.backward()
                 optimizer.step()
+                # for the log: how often student and teacher name the same class in these images
                 agreed = student_logits.argmax(1) == teacher_logits.argmax(1)             # (N,)
                 means.add(loss_kd=loss_kd, agreement_made=agreed.float().mean())
         losses = means.take()                                                # raises if one is not finite
@@ -351,39 +356,40 @@ if __name__ == "__main__":
 # ----------------------------------------------------------------------------------------------------- notes
 # Where the paper's abstract, the authors' code and this file disagree, and what we measured. Accuracies on
 # CIFAR-10 are those of the preset cifar10-cpu with the flag that the note names, on the test images after
-# the last epoch, over three seeds. Without any flag the preset ends at 45.2 ± 2.8 %.
+# the last epoch, over three seeds. Without any flag the preset ends at 45.2 ± 2.8 %. ± is the standard
+# deviation, on digits over five seeds without a flag; their preset was chosen with the first two of these.
 #
 #  1. The reference. The abstract speaks of an exponential penalty on loss increments. The code stores each
-#     loss at the second step of a round and compares with that value until the next round's second step
-#     replaces it. Before the first such step it compares with 0. We do the same. With --reference previous,
-#     the weights stay near 1 and the student ends at 42.1 ± 7.1 %, within the spread.
+#     loss after a round's second step, and compares with that value up to the next round's second step. The
+#     first two steps of all compare with 0. We do the same. With --reference previous, the weights stay near
+#     1 and the student ends at 42.1 ± 7.1 %, within the spread.
 #  2. The diversity loss. The code takes one ratio of norms over half batches, not a mean over pairs, and
-#     writes it as 1 / (‖x2 - x1‖ / ‖P2 - P1‖ + 1e-20). If a generator has collapsed, that can be 1e20 or
-#     NaN, because a norm is 0. Our form stays finite there and is the same elsewhere.
+#     writes it as 1 / (‖x2 - x1‖ / ‖P2 - P1‖ + 1e-20). With equal images that is 1e20, and with equal answers
+#     0 with a gradient of NaN. Our form stays finite there and is the same elsewhere, up to rounding.
 #  3. The fixed generator. In phase 2 it is in eval mode [code], so its BatchNorm layers use running
 #     statistics, the last one, too. The images of a batch no longer have mean 0 and deviation 1 exactly.
 #  4. The entropy loss has the natural logarithm [code], where the newest version of DAFL's code has log10.
 #  5. Weights. All are 1 [code]. --oh, --ie and --diversity-weight are there for your experiments.
-#  6. MSKD is a rival method in the abstract. We found neither its code nor a paper of that name. [ours]:
-#     --diversity ms --penalty fixed, with MSGAN's diversity term. MSKD and RDSKD, in this order, reach 95.9
-#     and 95.4 % on digits, 97.9 ± 0.5 and 98.2 ± 0.1 on MNIST, 47.7 and 45.2 on CIFAR-10, all within the
-#     spread. Without any diversity term (--diversity none) digits end at 94.6 ± 1.8 %.
+#  6. MSKD, a rival that the abstract names. We found neither its code nor a paper of that name, and guess
+#     that its term is that of MSGAN (Mao et al., CVPR 2019): --diversity ms --penalty fixed [ours]. MSKD and
+#     RDSKD reach 95.9 ± 1.8 and 95.4 ± 1.9 % on digits (94.6 ± 1.8 with --diversity none), 97.9 ± 0.5 and
+#     98.2 ± 0.1 on MNIST, 47.7 ± 5.1 and 45.2 ± 2.8 on CIFAR-10: no difference larger than the spread.
 #  7. Scoring. The authors score the student on the whole test set after every 10 steps, which is about
 #     27 % of the work of a CIFAR-10 run. We score it after every epoch (--eval-every). Both report the
 #     last student.
 #  8. Work saved. The teacher sees both halves of a batch in one pass, gradients that nothing uses are not
 #     computed, and each upsampling is merged with the convolution after it (UpsampledConv2d in common.py).
 #     The result is the same up to rounding. Phase 1's generator is kept in checkpoints/ for other students.
-#  9. How long to train the generator. Longer is not better: on MNIST, after 30 epochs of the student (one
-#     seed), 20 rounds of 120 steps gave 92.5 % and 5 rounds 96.7 %. With a tenth of the authors' rate and
-#     60 epochs, the preset `mnist-cpu`, three seeds end at 98.2 ± 0.1 %. Flags: --generator-epochs,
-#     --lr-generator.
+#  9. How long to train the generator (--generator-epochs). Trials on MNIST at the authors' rate, one seed,
+#     validation images: 2 and 3 rounds gave 97.96 and 97.88 % after 30 epochs of the student, 5 gave 96.92
+#     after 25 and 10 gave 94.24 after 15. So longer was not better, though fewer epochs explain a part of it.
+#     The preset mnist-cpu, at a tenth of the rate (--lr-generator), ends at 98.2 ± 0.1 % (test, three seeds).
 # 10. Teachers. The authors train the one for MNIST for 199 epochs (SGD at 1e-3 without momentum) and the
 #     others for 499. Ours follow the recipe in running.py. We normalise SVHN by 0.5 and 0.5, the authors by
 #     its own mean and deviation.
 # 11. DAFL's activation loss does not occur here [code]. The abstract says that RDSKD beats DAFL, MSKD, ZSKD
-#     and DeepInversion on MNIST, CIFAR-10 and SVHN; we know none of the paper's figures.
-# 12. The student's structure. In trials on MNIST, half of the preset's epochs with a CNN as teacher (99.0 %),
-#     it mattered more than the size: half a LeNet-5 (15,738 weights) reaches 82.20 %, a whole one (61,706)
-#     84.84, and half the CNN itself (43,162) 94.32. With an MLP-Mixer, half a LeNet-5 ends at 71.51 %, half
-#     the Mixer at 97.17. In the log, agreement_made is how often both name the same class in made images.
+#     and DeepInversion on MNIST, CIFAR-10 and SVHN; we know none of the paper's numbers.
+# 12. The student's structure mattered more than its size on MNIST, one seed each. With a CNN as the teacher
+#     that is no LeNet (99.0 %), on validation images, half a LeNet-5 (15,738 weights) reaches 82.20 %, a
+#     whole one (61,706) 84.84, and half the CNN (43,162) 94.32. With an MLP-Mixer, on the test images and
+#     with twice the epochs, half a LeNet-5 ends at 71.51 %, and half the Mixer at 97.17.
