@@ -387,36 +387,45 @@ def photographs_table(measurements):
     """How often four scores without data name the better of two students, on drawn pictures and photographs.
 
     The students are those of all epochs, by benchmarks/epochs.py. Pairs are of two different runs, and five
-    points of accuracy apart. The last line adds up the teachers for which all four scores are there.
+    points of accuracy apart; the last two columns have those of one to five points. Runs of which two scores
+    are not known have a line of their own. The last lines add up the teachers for which all four are known.
     """
     scores = {f"{name} {of}": f"{rule}-{pictures}" for of, pictures in (("drawn pictures", "leaves"),
                                                                       ("photographs", "pictures"))
               for name, rule in (("agreement on", "agreement"), ("balanced, on", "balanced"))}
-    teachers, whole = {}, {"students": 0, "pairs": {}}
+    teachers, whole = {}, {}
     for row in measurements:
         if row["variant"] == "epochs" and row.get("pictures"):
-            name = Path(row["teacher"].rpartition(":")[2]).stem
-            teachers.setdefault((row["dataset"], name.rpartition("val_")[2]), {})[row["out"]] = row
-    for (dataset, teacher), runs in sorted(teachers.items()):
-        line = {"data set": dataset, "teacher": teacher, "runs": len(runs),
-                "students": sum(len(row["student_acc"]) for row in runs.values())}
-        far = {}
+            name = Path(row["teacher"].rpartition(":")[2]).stem.rpartition("val_")[2]
+            known = all(rule in row["measures"] for rule in scores.values())
+            teachers.setdefault((row["dataset"], name, known), {})[row["out"]] = row
+
+    def line(dataset, teacher, runs, students, pairs):
+        """`pairs`: {score: (difference of accuracy, difference of the score) of each pair}"""
+        first = next(iter(pairs.values()))
+        near, drawn = [0.01 <= abs(acc) < 0.05 for acc, _ in first], pairs["balanced, on drawn pictures"]
+        return {"data set": dataset, "teacher": teacher, "runs": runs, "students": students,
+                "pairs": sum(abs(acc) >= 0.05 for acc, _ in first),
+                **{title: share_right([pair for pair in of if abs(pair[0]) >= 0.05])
+                   for title, of in pairs.items()},
+                "closer pairs": sum(near),
+                "balanced, drawn, there": share_right(list(itertools.compress(drawn, near)))}
+    for (dataset, teacher, known), runs in sorted(teachers.items()):
+        pairs = {}
         for title, rule in scores.items():
-            students = [[*zip(row["student_acc"], row["measures"][rule])] for row in runs.values()
-                        if rule in row["measures"]]
-            pairs = [(one[0] - other[0], one[1] - other[1]) for first, second in
-                     itertools.combinations(students, 2) for one in first for other in second]
-            far[title] = [pair for pair in pairs if abs(pair[0]) >= 0.05]
-        yield {**line, "pairs": max(map(len, far.values())),
-               **{title: share_right(pairs) for title, pairs in far.items()}}
-        if all(far.values()):
-            whole["students"] += line["students"]
-            for title, pairs in far.items():
-                whole["pairs"].setdefault(title, []).extend(pairs)
-    if whole["students"]:
-        yield {"data set": "all with four scores", "teacher": "", "runs": "", "students": whole["students"],
-               "pairs": len(next(iter(whole["pairs"].values()))),
-               **{title: share_right(pairs) for title, pairs in whole["pairs"].items()}}
+            students = [[*zip(row["student_acc"], row["measures"].get(rule, ()))] for row in runs.values()]
+            pairs[title] = [(one[0] - other[0], one[1] - other[1]) for first, second in
+                            itertools.combinations(students, 2) for one in first for other in second]
+        students = sum(len(row["student_acc"]) for row in runs.values())
+        yield line(dataset, teacher, len(runs), students, pairs)
+        if known:
+            kind = "in colour" if foreign.DATASETS[dataset].image_shape[0] == 3 else "grey"
+            counts, added = whole.setdefault(kind, ([], {}))
+            counts.append((len(runs), students))
+            for title, of in pairs.items():
+                added.setdefault(title, []).extend(of)
+    for kind, (counts, pairs) in sorted(whole.items()):
+        yield line(f"all, {kind}", "", *map(sum, zip(*counts)), pairs)
 
 
 def share_right(pairs):

@@ -330,11 +330,14 @@ def test_scores_without_data_on_photographs_and_on_drawn_pictures():
     assert (alone["agreement on drawn pictures"], alone["agreement on photographs"]) == ("0 %", "100 %")
     assert alone["balanced, on drawn pictures"] == alone["balanced, on photographs"] == "-"
     rows += [row("c", (0.1, 0.5, 0.2), teacher="mine:other", balanced=True),
-             row("d", (0.9, 0.4, 0.3), teacher="mine:other", balanced=True)]
-    *_, other, whole = table.photographs_table(rows)
+             row("d", (0.9, 0.4, 0.3), (0.12, 0.7, 0.1), teacher="mine:other", balanced=True)]
+    first, other, whole = table.photographs_table(rows)
+    assert first == alone
     assert (other["teacher"], other["agreement on drawn pictures"], other["balanced, on drawn pictures"]) == (
         "other", "0 %", "100 %")
-    assert (whole["students"], whole["pairs"], whole["balanced, on drawn pictures"]) == (2, 1, "100 %")
+    assert (whole["data set"], whole["runs"], whole["students"], whole["pairs"]) == ("all, grey", 2, 3, 1)
+    assert whole["balanced, on drawn pictures"] == "100 %"
+    assert (whole["closer pairs"], whole["balanced, drawn, there"]) == (1, "0 %")
 
 
 def test_pairs_of_students_of_one_teacher():
