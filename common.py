@@ -1,4 +1,4 @@
-"""common.py: what an algorithm needs beside its paper. It holds no distillation loss, no file and no flag.
+"""common.py: the helpers that every method file imports. No distillation loss is here.
 
     1  images and their description    DataSpec, normalisation, crops and flips of whole batches
     2  looking inside a network        inputs and BatchNorm statistics of any layer; freezing; what it answers
@@ -13,7 +13,8 @@ method into your own project, take this file with it and leave running.py behind
 Two words are kept apart everywhere. *Images* are what a network takes: values after normalisation with the
 mean and standard deviation of the data. *Pixels* are values in [0, 1], for cropping, storing and looking at.
 
-Letters: N images in a batch, K classes, D features; an image is C x H x W.
+Letters: N images in a batch, K classes, D features; an image is C x H x W. Sources: [ours] a choice of this
+repository; [leaves] mbaradad/learning_with_noise, the code of arXiv 2106.05963.
 """
 import collections
 import contextlib
@@ -52,8 +53,8 @@ class DataSpec(NamedTuple):
     """All that a data-free student may know about the data. It holds no image."""
     image_shape: tuple   # (C, H, W)
     num_classes: int
-    mean: tuple          # of each channel, of pixels in [0, 1]
-    std: tuple           # of each channel, over all pixels of the data set
+    mean: tuple          # for each channel, the constants with which the teacher's images were normalised:
+    std: tuple           # image = (pixel - mean) / std, with pixels in [0, 1]
     crop: int = 0        # the training data were padded with so many zeros, then cropped back; 0 = not at all
     flip: bool = False   # the training data were mirrored with probability 1/2
 
@@ -75,7 +76,8 @@ class Preset(NamedTuple):
 
 @functools.lru_cache           # kept on the device: a copy from the host at every step would make a GPU wait
 def _on_device(values, device):
-    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+    with torch.inference_mode(False):      # a tensor made in inference mode could not be used in training
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def _per_channel(values, like):
@@ -116,8 +118,8 @@ def check_spec(data):
         raise BadInput(f"data must be a DataSpec of common.py, not {type(data).__name__}")
     channels = data.image_shape[0]
     if channels > 16:
-        raise BadInput("image_shape is (channels, height, width), and there are no images with "
-                       f"{channels} channels")
+        raise BadInput("image_shape is (channels, height, width), with 16 channels at most; this one has "
+                       f"{channels}")
     if not (len(data.mean) == len(data.std) == channels and all(0 <= mean <= 1 for mean in data.mean)
             and all(0.004 <= std <= 1 for std in data.std)):
         raise BadInput(f"mean {data.mean} and std {data.std} are not those of pixels in [0, 1], one number "
@@ -247,11 +249,16 @@ def why_no_batchnorm(model):
     """Why `batchnorms` found no layer, in words that follow a colon."""
     if any(torch.is_tensor(getattr(layer, "running_mean", None)) for layer in model.modules()):
         return "its layers keep statistics of single images (InstanceNorm) or do not run in eval mode"
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
+        return "its BatchNorm layers keep no running statistics"
     return "the teacher has no BatchNorm"
 
 
 def last_linear(model):
-    """The last nn.Linear of a model; its input is the feature vector (N, D). Raises BadInput without one."""
+    """The nn.Linear that is registered last; its input is the feature vector (N, D).
+
+    Raises BadInput if there is none.
+    """
     found = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not found:
         raise BadInput(f"{type(model).__name__} has no nn.Linear layer, whose input is the feature vector")
@@ -283,17 +290,18 @@ def in_bf16(network):
 
     Its weights and its outputs stay float32.
     """
-    plain = network.forward
-
-    def forward(x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=not _scoring):
-            return logits_of(network, x, plain(x)).float()
-    network.forward, network.in_bf16 = forward, True
+    # a partial of a bound method, not a function of its own, so that copy.deepcopy rebinds it to the copy
+    network.forward, network.in_bf16 = functools.partial(_forward_in_bf16, network.forward), True
     return network
 
 
+def _forward_in_bf16(forward, x):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=not _scoring):
+        return logits_of(None, x, forward(x)).float()
+
+
 def place_like(network, other):
-    """Move a fresh network to where `other` is: its device and precision, and channels_last order."""
+    """Move a fresh network of ours to where `other` is: its device, precision and channels_last order."""
     network.to(next(other.parameters()).device, memory_format=torch.channels_last)
     return in_bf16(network) if getattr(other, "in_bf16", False) else network
 
@@ -324,7 +332,8 @@ def check_answers(model, name, data, training=False, gradient=False):
     except Exception as error:
         if training:
             raise BadInput(f"{name} cannot be trained on images of shape {data.image_shape}: in train mode "
-                           "it fails, or gives more than logits; remove auxiliary classifiers") from None
+                           "it fails, or gives more than logits; remove auxiliary classifiers "
+                           f"({short(error)})") from None
         kind = next(model.parameters(), torch.empty(0)).dtype
         advice = "" if kind == torch.float32 else f"; its weights are {kind}: call .float() on it"
         raise BadInput(f"{name} does not take images of shape {tuple(data.image_shape)} "
@@ -433,7 +442,7 @@ def revisited(items, visits, total):
 
 
 def to_bytes(pixels):
-    """pixels in [0, 1] -> uint8, rounded down, as a PNG file of them would be."""
+    """pixels in [0, 1] -> uint8, rounded down."""
     return (255 * pixels.clamp(0, 1)).to(torch.uint8)
 
 
@@ -461,7 +470,8 @@ class Means:
 
     def add(self, **terms):
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if torch.is_tensor(value) else value)
+            self.sums[name] = self.sums.get(name, 0.0) + (
+                value.detach().float() if torch.is_tensor(value) else value)
             self.counts[name] += 1
 
     def take(self):
@@ -511,17 +521,21 @@ def seeded_and_checked(function):
 
     Before it runs, networks or data that cannot work are refused in one sentence (BadInput). While it runs,
     torch's generators start from settings.seed, and a network that answers with an object or a dict answers
-    with the logits in it. Afterwards everything is as it was, also the caller's random numbers.
+    with the logits in it. A network from torch.compile is used as it was before, because compiled ones may
+    ignore hooks. Afterwards everything is as it was, also the caller's random numbers.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        given = signature.bind(*args, **kwargs).arguments
-        networks = {name: given[name] for name in ("teacher", "student") if name in given}
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments
         with contextlib.ExitStack() as stack:
+            networks = {name: getattr(given[name], "_orig_mod", given[name])
+                        for name in ("teacher", "student") if name in given}
+            given.update(networks)
             for name, network in networks.items():
-                if not isinstance(network, nn.Module):
+                if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
                     raise BadInput(f"the {name} must be a torch.nn.Module, not {type(network).__name__}")
                 stack.callback(network.register_forward_hook(logits_of).remove)
             check_spec(given["data"])
@@ -532,7 +546,7 @@ def seeded_and_checked(function):
             if "student" in networks:
                 check_answers(networks["student"], "the student", given["data"], training=True)
             with seeded(given["settings"].seed):
-                return function(*args, **kwargs)
+                return function(*call.args, **call.kwargs)
     return wrapped
 
 
@@ -542,7 +556,7 @@ _scoring = False
 
 @contextlib.contextmanager
 def scoring():
-    """Inside the block, networks run in float32 and no teacher query is counted: for scores and probes."""
+    """Inside the block, `in_bf16` has no effect and no teacher query is counted: for scores and probes."""
     global _scoring
     before, _scoring = _scoring, True
     try:
@@ -565,16 +579,20 @@ def accuracy(logits, labels):
 
 
 def agreement(logits, other_logits):
-    """The share of rows on which two classifiers name the same class, right or wrong -> float in [0, 1]."""
+    """The share of rows on which two classifiers name the same class, right or wrong -> float in [0, 1].
+
+    Also called fidelity, or top-1 agreement.
+    """
     return accuracy(logits, other_logits.argmax(1))
 
 
 def balanced_agreement(logits, teacher_logits):
     """`agreement`, taken for each class that the teacher names, and averaged over these [ours].
 
-    logits (N, K) and (N, K) -> float in [0, 1]. Where the teacher names one class in most pictures, a student
-    that always names this class agrees with it most of the time. Its balanced agreement is only 1 divided by
-    the number of classes that the teacher names.
+    logits (N, K) and (N, K) -> float in [0, 1]. This is the balanced accuracy with the teacher's classes as
+    labels. Where the teacher names one class in most pictures, a student that always names this class agrees
+    with it most of the time. Its balanced agreement is only 1 divided by the number of classes that the
+    teacher names.
     """
     named = teacher_logits.argmax(1)                                         # (N,)
     same = (logits.argmax(1) == named).float()
@@ -589,7 +607,7 @@ def expected_calibration_error(logits, labels, bins=15):
     confidence, predicted = logits.softmax(1).max(1)
     correct = (predicted == labels).float()
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1             # (N,) bin (b/15, (b+1)/15]
-    gap = torch.zeros(bins, device=logits.device).index_add_(0, which, confidence - correct)
+    gap = confidence.new_zeros(bins).index_add_(0, which, confidence - correct)
     return gap.abs().sum().item() / len(labels)
 
 
@@ -611,12 +629,12 @@ def drawn_pictures(data, n=None):
         for start in range(0, n, at_once):
             pixels = leaves_images(min(at_once, n - start), size)
             pixels = fit_pixels(strokes(pixels) if data.image_shape[0] == 1 else pixels, data)
-            parts.append((255 * pixels.clamp(0, 1)).byte())
+            parts.append(to_bytes(pixels))
     return ImageSet(torch.cat(parts), None)
 
 
-def leaf_radius_cdf(smallest=0.03):
-    """How large leaves are: small ones are frequent, with density r^-3 - 1 for radius r [generators].
+def leaf_radius_cdf(smallest):
+    """How large leaves are: small ones are frequent, with density r^-3 - 1 for radius r [leaves].
 
     -> 200 radii from `smallest` to 1, where 1 is the side of the picture, and for each radius the part of the
     leaves that is not larger, (200,)
@@ -627,7 +645,7 @@ def leaf_radius_cdf(smallest=0.03):
 
 
 def leaves_images(n, size, device="cpu", leaves=200, smallest=0.1):
-    """Dead leaves: discs and polygons of one colour each that cover one another [generators].
+    """Dead leaves: discs and polygons of one colour each that cover one another [leaves].
 
     A leaf is a disc, a square, a rotated square, a rectangle, a triangle or a quadrilateral. We lay
     them from front to back, in all n pictures at once, so each leaf gets the pixels that are still empty.
@@ -730,9 +748,10 @@ def load_dataset(name, train, data_dir="data", device="cpu"):
 
     `digits`: 1,797 real 8x8 digits inside scikit-learn, split 1,437 / 360 by a fixed permutation.
     `folder:PATH@SIZE`: PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, shorter side resized to SIZE,
-    centre cropped. `cifar10-val` and its like: the last 5,000 training images are the test set, and the
-    others the training set. The others come from `data_dir` or, if they are not there, from the internet.
-    Raises BadInput if the set is unknown, or can neither be found nor downloaded.
+    centre cropped; its DataSpec has flips, and crops by an eighth of a side. `cifar10-val` and its like: the
+    last 5,000 training images are the test set, the rest is the training set. All sets but `digits` and
+    folders are read from `data_dir`, or downloaded into it if they are not there. Raises BadInput if the set
+    is unknown, or can neither be found nor downloaded.
     """
     if name.startswith("folder:"):
         return _read_folder(name, train, device)
@@ -793,11 +812,11 @@ def real_pictures(name, data_dir="data"):
 
 def _read_picture(path, mode="RGB"):
     """A picture file in this mode of PIL. A conversion of 16 bits to 8 would turn most grey levels white."""
-    from PIL import Image
+    from PIL import Image, ImageOps
     with Image.open(path) as picture:
         if picture.mode[0] in "IF":                                          # integers or floats
             raise BadInput(f"{path} has more than 8 bits for a grey level; save it with 8")
-        return picture.convert(mode)
+        return ImageOps.exif_transpose(picture).convert(mode)                # as the camera was held
 
 
 def some_pictures(name, n, data):
@@ -851,34 +870,48 @@ def _read_folder(name, train, device):
     path, _, size = re.fullmatch(r"folder:(.*?)(@(\d+))?", name, re.S).groups()
     if size and not 1 <= int(size) <= 1024:
         raise BadInput(f"'{name}': the size after @ must be 1 to 1024 pixels")
-
-    def read(part):
-        root, resize = Path(path, part), []
+    resize = [v2.Resize(int(size)), v2.CenterCrop(int(size))] if size else []
+    sets = {}
+    for part in ("train", "test"):
+        root = Path(path, part)
         if not root.is_dir():
             raise BadInput(f"'{name}' needs the folder {root} with one folder a class in it; {NO_DOWNLOAD}")
-        if size:
-            resize = [v2.Resize(int(size)), v2.CenterCrop(int(size))]
         try:
-            found = torchvision.datasets.ImageFolder(root, v2.Compose([*resize, v2.PILToTensor()]))
-            grey = _all_grey(file for file, _ in found.samples)
-            found.loader = functools.partial(_read_picture, mode="L" if grey else "RGB")
-            if len(found.classes) < 2:
-                raise BadInput(f"{root} holds one class folder; at least two are needed")
-            return torch.stack([image for image, _ in found]), torch.tensor(found.targets), found.classes
+            sets[part] = torchvision.datasets.ImageFolder(root, v2.Compose([*resize, v2.PILToTensor()]))
         except FileNotFoundError as error:
             raise BadInput(f"{root} holds no class folders with images ({error})") from None
-        except OSError as error:
-            raise BadInput(f"{root} holds a file that is no whole image ({error})") from None
-        except RuntimeError:
-            raise BadInput(f"the images in {root} differ in size; give one, for example {name}@32") from None
-    pixels, labels, classes = read("train" if train else "test")
-    reference, _, train_classes = (pixels, labels, classes) if train else read("train")
-    if classes != train_classes:
+        if len(sets[part].classes) < 2:
+            raise BadInput(f"{root} holds one class folder; at least two are needed")
+    classes = sets["train"].classes
+    if classes != sets["test"].classes:
         raise BadInput(f"{path}/train and {path}/test hold different class folders")
-    reference = reference.double() / 255
-    mean, std = (tuple(round(v, 4) for v in values.tolist())
-                 for values in (reference.mean((0, 2, 3)), reference.std((0, 2, 3)).clamp(min=4e-3)))
+
+    def read(part):
+        try:
+            return torch.stack([image for image, _ in sets[part]])
+        except RuntimeError:
+            raise BadInput(f"the images in {path} differ in size; give one, for example {name}@32") from None
+    try:
+        grey = _all_grey(file for each in sets.values() for file, _ in each.samples)
+        for each in sets.values():
+            each.loader = functools.partial(_read_picture, mode="L" if grey else "RGB")
+        if not size and sets["train"][0][0].shape != sets["test"][0][0].shape:
+            raise BadInput(f"the images in {path} differ in size; give one, for example {name}@32")
+        reference = read("train")
+        pixels = reference if train else read("test")
+    except BadInput:
+        raise
+    except Exception as error:              # PIL raises many kinds of exception for what it cannot read
+        raise BadInput(f"{path} holds a file that is no whole image ({error})") from None
+    # by counting the levels of each channel, because all pixels in float64 would need eight times the memory
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256)
+                          for channel in reference.transpose(0, 1)]).double()               # (C, 256)
+    p, level = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
+    mean = (p * level).sum(1, keepdim=True)
+    std = (p * (level - mean) ** 2).sum(1).sqrt().clamp(min=4e-3)
+    mean, std = (tuple(round(value, 4) for value in values.flatten().tolist()) for values in (mean, std))
     data = DataSpec(tuple(pixels.shape[1:]), len(classes), mean, std, crop=pixels.shape[-1] // 8, flip=True)
+    labels = torch.tensor(sets["train" if train else "test"].targets)
     return ImageSet(pixels.to(device), labels.to(device)), data
 
 
@@ -1044,7 +1077,7 @@ def build_model(name, num_classes, image_shape):
     """
     channels, height, width = image_shape
     if ":" in name:
-        return foreign_model(name, num_classes)
+        return from_function(name, num_classes)[0]
     check_model_name(name)
     if height != width:
         raise BadInput(f"model '{name}' takes square images, not {height}x{width}")
@@ -1054,17 +1087,11 @@ def build_model(name, num_classes, image_shape):
     return MODELS[name](num_classes, channels, height)
 
 
-def foreign_model(name, num_classes, pretrained=False):
+def from_function(name, num_classes=None, pretrained=False):
     """'torchvision:NAME', with its weights if `pretrained`, or what 'package.module:function' returns.
 
-    It answers with logits, also if it was written to answer with an object or a dict that has them.
-    """
-    return from_function(name, num_classes, pretrained)[0]
-
-
-def from_function(name, num_classes=None, pretrained=False):
-    """The network, and the DataSpec if the function returns a pair.   -> network, DataSpec or None
-
+    -> the network, which answers with logits, also if it was written to answer with an object or a dict that
+    has them; and the DataSpec if the function returns a pair, else None
     Raises BadInput if the function cannot be called, or returns something else.
     """
     module_name, _, function = name.partition(":")
@@ -1075,10 +1102,9 @@ def from_function(name, num_classes=None, pretrained=False):
         else:
             sys.path.insert(0, os.getcwd())
             try:
-                build = getattr(importlib.import_module(module_name), function)
+                found = getattr(importlib.import_module(module_name), function)()
             finally:
                 sys.path.remove(os.getcwd())
-            found = build()
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise BadInput(f"'{name}' could not be built ({type(error).__name__}: {short(error)}; line "

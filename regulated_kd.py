@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (BadInput, Means, Preset, augment, batchnorms, build_model, check_answers, cosine, frozen,
-                    load_dataset, normalize, one_pass, place_like, seeded, seeded_and_checked, set_lr, steps)
-from running import Run, command_line, dataset_spec, digest, load_networks, parse
+                    load_dataset, normalize, one_pass, seeded, seeded_and_checked, set_lr, steps)
+from running import Run, command_line, dataset_spec, digest, load_networks, parse, place
 
 
 # ------------------------------------------------------------------------------------------- hyperparameters
@@ -436,7 +436,7 @@ def self_regulated(teacher, data, settings, train, options, run):
     def make(stage):
         with seeded(0):
             fresh = build_model(options.teacher_arch, data.num_classes, data.image_shape)
-        fresh = place_like(fresh, teacher)
+        fresh = place(fresh, options, data)
         counts, _ = train_regulated_teacher(fresh, data, settings, stage, train=train)
         return fresh.state_dict(), counts
     kind = "regulated-queue" if settings.queue else "regulated"

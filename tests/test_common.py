@@ -115,6 +115,10 @@ def test_normalize_crop_and_flip_equal_torchvisions():
             expected = functional.hflip(expected) if flip is not None and flip[i] else expected
             assert torch.equal(out[i], expected)
     assert images.is_contiguous() and common.normalize(out, data).is_contiguous()    # for any network's view
+    once = data._replace(mean=(0.3,) * len(data.mean))
+    with torch.inference_mode():
+        common.normalize(pixels, once)
+    common.normalize(pixels.clone().requires_grad_(), once).sum().backward()    # and training goes on
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -211,7 +215,7 @@ def test_models_are_found_by_name_or_refused_in_words(monkeypatch):
     asked = []
     monkeypatch.setattr(torchvision.models, "get_model",
                         lambda *name, **options: asked.append((*name, options)) or nn.Identity())
-    common.foreign_model("torchvision:x", 10, pretrained=True), common.foreign_model("torchvision:x", 7)
+    common.from_function("torchvision:x", 10, pretrained=True), common.from_function("torchvision:x", 7)
     assert asked == [("x", {"weights": "DEFAULT"}), ("x", {"num_classes": 7})]
 
 
@@ -295,6 +299,9 @@ def test_bf16_is_for_training_and_scores_are_float32():
     assert kinds == [torch.bfloat16, torch.bfloat16, torch.float32]
     placed, kinds = common.place_like(nn.Conv2d(1, 1, 1), network), []
     assert placed.in_bf16 and placed(images).dtype == torch.float32
+    other = copy.deepcopy(network)
+    torch.nn.init.zeros_(other.fc.weight), torch.nn.init.zeros_(other.fc.bias)
+    assert not other(images).any() and network(images).any()   # a copy answers with its own weights
 
 
 # ----------------------------------------------------------------------------------------------- 4. measuring

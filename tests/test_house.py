@@ -210,6 +210,9 @@ def test_every_name_under_copy_exists_and_has_a_docstring(method):
     names = {*re.findall(r"(\w+)\(\)", text), *re.findall(r"\b\w+_\w+\b(?!=)", text),
              *re.findall(r"\b[A-Z][a-z]+(?:[A-Z][a-z0-9]+)+\b", text)} - {"UpsampledConv2d", "BadInput"}
     assert names and hasattr(method, "main")
+    # without its decorator and its call deleted, too, the copy does not parse
+    main = re.search(r"main\(\)\s+with\s+(the\s+line\s+above\s+it|its\s+decorator)(.*)", text, re.S)
+    assert main and "call" in main[2]
     for name in names - {"main"}:
         assert (getattr(method, name, None) or getattr(common, name)).__doc__, name
 

@@ -46,7 +46,8 @@ STAGES = {csd: ("bank", "synthesize_bank", "OF_BANK", {"csd", "adversarial"}),
 def trained(method, teacher=None, student=None, **changes):
     """The student's weights after `distill` without a run."""
     usual_teacher, usual_student, data = tiny_networks()
-    teacher, student = teacher or usual_teacher, student or usual_student
+    teacher = usual_teacher if teacher is None else teacher    # a compiled one has no truth value
+    student = usual_student if student is None else student
     settings = tiny_settings(method, **changes)
     method.distill(teacher, student, data, settings, **real_images(method, teacher, data, settings))
     return weights_of(student)
@@ -96,6 +97,19 @@ def test_the_seed_of_the_settings_decides_and_no_other(method):
         torch.manual_seed(of_the_caller)
         results.append(trained(method, seed=seed))
     assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+@each(METHODS)
+def test_a_compiled_network_gives_the_same_student_and_a_traced_one_is_refused(method):
+    """Compiled graphs may ignore hooks, and the BatchNorm term would be 0 without a word."""
+    *networks, data = tiny_networks()
+    compiled = [torch.compile(network, backend="eager").eval() for network in networks]
+    for network in compiled:                                   # its graph is made before there is a hook
+        network(torch.rand(4, *data.image_shape))
+    trained(method, *compiled)
+    assert equal(trained(method), weights_of(networks[1]))
+    with pytest.raises(common.BadInput, match="must be a torch.nn.Module"):
+        trained(method, networks[0], torch.jit.script(nn.Linear(2, 2)))
 
 
 @each(METHODS)

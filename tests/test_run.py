@@ -374,6 +374,22 @@ def test_folders_of_images_that_cannot_be_a_data_set(method, in_tmp, capsys, mon
 def test_grey_pictures_and_some_with_alpha_are_a_data_set(in_tmp):
     pictures(in_tmp / "set", "ab", modes=("RGB", "L", "RGBA", "P"))
     assert common.load_dataset("folder:set", True)[0].pixels.shape == (8, 3, 8, 8)
+    pictures(in_tmp / "half", "ab", parts=["train"], modes=["L"])
+    pictures(in_tmp / "half", "ab", parts=["test"], modes=["RGB"])             # so none of them is read as grey
+    for train in (True, False):
+        images, data = common.load_dataset("folder:half", train)
+        assert images.pixels.shape[1:] == data.image_shape == (3, 8, 8) and len(data.mean) == 3
+    pictures(in_tmp / "half", "ab", parts=["test"], sizes=[9])
+    with pytest.raises(common.BadInput, match="differ in size"):
+        common.load_dataset("folder:half", True)
+
+
+def test_pictures_are_turned_as_the_camera_was_held(in_tmp):
+    picture, exif = Image.new("RGB", (8, 8)), Image.Exif()
+    picture.putpixel((0, 0), (255, 255, 255))
+    exif[0x0112] = 6                                           # to be turned by a quarter, clockwise
+    picture.save("turned.png", exif=exif)
+    assert common.real_pictures("folder:.")[1]([0], 8)[0, 0, 0, 7] == 1
 
 
 @each(METHODS)
