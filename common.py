@@ -113,13 +113,17 @@ def sane_spec(data):
 
 
 def check_spec(data):
-    """Raises BadInput for a DataSpec whose mean and std cannot be those of pixels in [0, 1]."""
+    """Raises BadInput for a DataSpec with numbers that cannot be right."""
     if not isinstance(data, DataSpec):
         raise BadInput(f"data must be a DataSpec of common.py, not {type(data).__name__}")
-    channels = data.image_shape[0]
+    channels, height, width = data.image_shape
     if channels > 16:
         raise BadInput("image_shape is (channels, height, width), with 16 channels at most; this one has "
                        f"{channels}")
+    if not (1 <= height <= 1024 and 1 <= width <= 1024 and 2 <= data.num_classes <= 100_000
+            and 0 <= data.crop <= min(height, width)):
+        raise BadInput("image_shape may have sides of 1 to 1024, num_classes may be 2 to 100,000, and crop 0 "
+                       f"to a side; this is {data.image_shape}, {data.num_classes} and {data.crop}")
     if not (len(data.mean) == len(data.std) == channels and all(0 <= mean <= 1 for mean in data.mean)
             and all(0.004 <= std <= 1 for std in data.std)):
         raise BadInput(f"mean {data.mean} and std {data.std} are not those of pixels in [0, 1], one number "
@@ -1111,10 +1115,11 @@ def from_function(name, num_classes=None, pretrained=False):
                        f"{where.lineno} of {Path(where.filename).name}); it must be torchvision:NAME or "
                        "package.module:function, a function without arguments") from None
     network, data = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    network = getattr(network, "_orig_mod", network)     # torch.compile's ignores hooks
     if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
         forgotten = "; is a `return` missing?" if network is None else ""
         raise BadInput(f"'{name}' returned {type(network).__name__}, not a torch.nn.Module{forgotten}")
-    network.register_forward_hook(logits_of)
+    network.cpu().register_forward_hook(logits_of)
     return network, data if data is None else sane_spec(data)
 
 

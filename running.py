@@ -4,7 +4,8 @@
     2  the command line  presets, a flag for every hyperparameter, one clear sentence for bad input
     3  runs and stages   log.jsonl, checkpoints, pictures, scores; exact resume
 
-No algorithm uses this file: `distill` sees of a run only `run.resume` and `run.log`, and works without one.
+No algorithm uses this file: `distill` calls run.resume and run.log, in surrogate_kd also run.note, if it is
+given a run, and works without one.
 
 Train a teacher by itself:         python common.py --model resnet34 --dataset cifar10
 Ask what a network has inside:     python common.py --inspect torchvision:swin_t
@@ -38,12 +39,14 @@ import common
 from common import (COSTS, DATASETS, BadInput, DataSpec, ImageSet, Means, accuracy, agreement, augment,
                     balanced_agreement, batchnorms, build_model, check_answers, check_model_name, cosine,
                     dataset_names, drawn_pictures, expected_calibration_error, from_function, frozen, in_bf16,
-                    load_dataset, normalize, one_pass, predict, probe, seeded, set_lr, short, some_pictures,
-                    steps)
+                    load_dataset, normalize, one_pass, predict, probe, sane_spec, seeded, set_lr, short,
+                    some_pictures, steps, to_bytes)
 
 
 # ------------------------------------------------------------------------------------------------ 1. teachers
 CLASSIFIER_FORMAT = "distillation-classifier-1"
+FROM_ELSEWHERE = ("; for weights from elsewhere, write a function that builds the network and loads them, "
+                  "and type --teacher mine:teacher (README, Your own teacher)")
 # epochs, batch size. SGD 0.1, momentum 0.9, weight decay 5e-4, cosine to 0; LeNet-5 without BN: Adam 1e-3.
 # Users of the published recipe (decay 1e-4, three steps) report CIFAR-10 teachers 1 to 3 points too low.
 RECIPES = {"digits": (40, 128), "mnist": (10, 256), "mnist28": (10, 256), "fashion_mnist": (20, 256),
@@ -73,8 +76,8 @@ def read_file(path, what):
     try:
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:
-        raise BadInput(f"{path} is not a readable {what} ({type(error).__name__}): damaged, or made by "
-                       "something else; move it away") from None
+        raise BadInput(f"{path} is not a readable {what} ({type(error).__name__}): damaged, or not made by "
+                       "this project" + FROM_ELSEWHERE * (what == "teacher file")) from None
 
 
 def require_same(saved, wanted, path, advice):
@@ -89,19 +92,21 @@ def digest(content):
     """A short text that changes when a tensor does, in a state_dict or a tuple of tensors and state_dicts."""
     if torch.is_tensor(content):
         found = content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    else:
+    elif isinstance(content, (dict, tuple)):
         parts = content.items() if isinstance(content, dict) else enumerate(content)
         found = "".join(f"{key} {digest(value)} " for key, value in parts).encode()
+    else:                                                      # a layer's extra state
+        found = repr(content).encode()
     return hashlib.sha256(found).hexdigest()[:16]
 
 
 def is_file_name(name):
-    return name.endswith(".pt") or "/" in name
+    return "/" in name or (":" not in name and Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin"))
 
 
 def teacher_path(dataset, arch):
     """checkpoints/<dataset>_<name>.pt, where every method looks for the teacher of that name."""
-    return Path("checkpoints", re.sub(r"[^A-Za-z0-9_@-]+", "_", f"{dataset}_{arch}") + ".pt")
+    return Path("checkpoints", re.sub(r"[^\w@-]+", "_", f"{dataset}_{arch}") + ".pt")
 
 
 def recipe_of(arch, dataset, epochs=None, batch_size=None):
@@ -156,6 +161,7 @@ def train_teacher(arch, dataset, path, options, recipe):
                         test_acc=accuracy(predict(model, test, data), test.labels),
                         seconds=loop.seconds(), device=device_name(options.device))
         shutil.rmtree(folder, ignore_errors=True)          # before a process that waits may go on
+        Loop.latest = None
 
 
 def save_classifier(path, model, arch, data, dataset, **more):
@@ -165,36 +171,30 @@ def save_classifier(path, model, arch, data, dataset, **more):
 
 
 def read_classifier(path):
-    """The content of a file of `save_classifier`. Raises BadInput if it is missing, damaged or foreign."""
+    """The content of a file of `save_classifier`. Raises BadInput if there is none, or for any other file."""
     if not Path(path).is_file():
         raise BadInput(f"there is no teacher file {path}; give a file, a model name as in --teacher "
                        "resnet34, or module:function")
     content = read_file(path, "teacher file")
     try:
-        data = DataSpec(**content["data"])
-        channels, height, width = data.image_shape
+        content["data"] = sane_spec(DataSpec(**content["data"]))._asdict()
         sane = (content["format"] == CLASSIFIER_FORMAT and isinstance(content["dataset"], str)
-                and content["weights"] and type(data.num_classes) is type(data.crop) is int
-                and all(map(math.isfinite, (*data.mean, *data.std)))
-                and 2 <= data.num_classes <= 100_000 and 1 <= channels <= 16
-                and 1 <= height <= 1024 and 1 <= width <= 1024 and 0 <= data.crop <= height
-                and len(data.mean) == len(data.std) == channels and min(data.std) > 0)
+                and content["weights"])
         if ":" not in content["arch"]:
             check_model_name(content["arch"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):        # of which BadInput is one
         sane = False
     if not sane:
-        raise BadInput(f"{path} is not a teacher file of this project; make one with: python common.py "
-                       "--model NAME --dataset NAME")
-    content["data"] = {key: tuple(value) if isinstance(value, list) else value
-                       for key, value in content["data"].items()}
+        raise BadInput(f"{path} is not a teacher file of this project" + FROM_ELSEWHERE)
     return content
 
 
 def load_classifier(path):
     """A teacher or student from its file, in eval mode on the CPU.   -> network, DataSpec
 
-    Raises BadInput if the file is missing, damaged or foreign, or if its weights do not fit its network.
+    Raises BadInput if the file is missing, damaged or not of this project, or if its weights do not fit its
+    network. If the file says that the network is module:function, that function is imported and called, so
+    load only files that you trust.
     """
     file = read_classifier(path)
     data = DataSpec(**file["data"])
@@ -262,7 +262,7 @@ def load_teacher(options, data, needs):
         if own and dataset != "none":
             refuse_other_data(wanted, own, dataset)
         network = getattr(options, "own_teacher", None)
-        return network or from_function(wanted, data.num_classes, pretrained=True)[0]
+        return network if network is not None else from_function(wanted, data.num_classes, True)[0]
     path = Path(wanted)
     if not is_file_name(wanted):
         path, recipe = teacher_path(dataset, wanted), recipe_of(wanted, dataset)
@@ -298,12 +298,12 @@ def inspect_network(name):
     `name`: as --teacher takes it. What the network has is found by running it on blank images. Raises
     BadInput for a network that cannot be built or answers no image.
     """
-    classes, sides, data = 10, (8, 28, 32, 64, 224, 299), None
+    classes, sides, data = 10, (8, 28, 32, 64, 224), None
     shapes = [(channels, side, side) for channels in (1, 3) for side in sides]
     if is_file_name(name):
         model, data = load_classifier(name)
     elif ":" in name:
-        model, data = from_function(name, classes)
+        model, data = from_function(name, 1000)                              # as many as torchvision's have
     else:
         model = build_model(name, classes, (1 if name.startswith("lenet5") else 3, 32, 32))
     if data:
@@ -481,8 +481,9 @@ def choose_preset(options, presets, flags, fits):
 
     Without --preset, the first one is taken that has every one of data set, teacher and student that was
     given; else the data set's first preset, with the given networks in it. A teacher's file counts as the
-    network and the data set that it says it is. Where no data set is known, only what its images look like,
-    the first preset for CIFAR-10 is taken for colour images, and the first one for MNIST for grey ones.
+    network and the data set that it says it is, also beside a --preset for another one. Where no data set is
+    known, only what its images look like, the first preset for CIFAR-10 is taken for colour images, and the
+    first one for MNIST for grey ones.
     """
     if options.preset and options.preset not in presets:
         raise BadInput(f"{options.method} has no preset '{options.preset}'; choose from {', '.join(presets)}")
@@ -498,7 +499,10 @@ def choose_preset(options, presets, flags, fits):
                            "named; let it end with: from common import DataSpec; data = DataSpec(image_shape="
                            "(3, 32, 32), num_classes=10, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)); "
                            "return network, data")
-    usual = presets[options.preset].dataset if options.preset else file.get("dataset", "cifar10")
+    of_file, usual = file.get("dataset"), presets[options.preset].dataset if options.preset else "cifar10"
+    # With --preset cifar10-cpu, a teacher of cifar10-val has its students scored on cifar10's test images.
+    if of_file and (not options.preset or of_file.removesuffix("-val") != usual):
+        usual = of_file
     options.dataset = name = options.dataset or ("none" if own and not file else usual)
     if name not in (*DATASETS, "none") and not name.startswith("folder:"):
         raise BadInput(f"unknown data set '{name}'; choose from {dataset_names()}")
@@ -506,12 +510,13 @@ def choose_preset(options, presets, flags, fits):
         raise BadInput("--dataset none needs a --teacher file, or a module:function that returns a network "
                        "and its DataSpec")
     if not options.preset:
+        guessed = None
         known = (file.get("dataset", "none") if name == "none" else name).removesuffix("-val")
         sets = [preset.dataset for preset in presets.values()]
         if known not in sets and name == "none":
             grey = own.image_shape[0] == 1
             known = "mnist" if grey and "mnist" in sets else "cifar10"
-            print(f"no data set is named; for {'grey' if grey else 'colour'} images the preset is", end=" ")
+            guessed = "grey" if grey else "colour"
         of_set = [key for key, preset in presets.items()
                   if preset.dataset == known and fits(preset.settings, flags)]
         wanted = file.get("arch", options.teacher), options.student
@@ -521,8 +526,8 @@ def choose_preset(options, presets, flags, fits):
             raise BadInput(f"{options.method} has no preset for data set '{known}'; take another's numbers "
                            f"with --preset: {', '.join(presets)}")
         options.preset = [*exact, *of_set][0]
-        if known not in (name.removesuffix("-val"), file.get("dataset")):
-            print(options.preset, flush=True)
+        if guessed:
+            print(f"no data set is named; for {guessed} images the preset is {options.preset}", flush=True)
     preset = presets[options.preset]
     options.teacher, options.student = options.teacher or preset.teacher, options.student or preset.student
     for network in [options.student] if file else [options.teacher, options.student]:
@@ -588,15 +593,11 @@ def _check_folder(options, settings):
         # one epoch may be in the log before its checkpoint is; two cannot. A stage's folder is no run's.
         lost = not Path(out, "checkpoint.pt").exists() and (
             any("stage" in row for row in rows) or sum(row.get("event") == "epoch" for row in rows) > 1)
-        if options.resume and lost and not (rows[-1].get("event") == "end"):
+        if lost and rows[-1].get("event") != "end":
             raise BadInput(f"{out} has a log and no checkpoint.pt to go on from; name another folder")
-        done = max((row["epoch"] + 1 for row in rows if row.get("event") == "epoch"), default=0)
         if rows and rows[-1].get("event") == "end":
-            if settings.epochs <= done or not options.resume or lost:
-                raise BadInput(f"the run in {out} is finished; its result is the last line of its log.jsonl")
-            if not may_be_longer(settings):
-                raise BadInput(f"the run in {out} is finished and cannot be made longer: its learning rate "
-                               f"has followed a curve over {done} epochs; start a new run")
+            raise BadInput(f"the run in {out} is finished; its result is the last line of its log.jsonl. For "
+                           "a longer one, name another --out")
     _check_writable(out or "runs", "a run folder")
 
 
@@ -628,11 +629,6 @@ def device_name(device):
     instructions = torch.backends.cpu.get_cpu_capability()
     name += f" {instructions}" * (instructions not in ("DEFAULT", "AVX2"))
     return f"{name}, {torch.get_num_threads()} threads"
-
-
-def may_be_longer(settings):
-    """Whether nothing in a run depends on how many epochs it has, so that it may get more of them later."""
-    return getattr(settings, "schedule", "") == "constant" and not getattr(settings, "warmup", 0)
 
 
 # ------------------------------------------------------------------------ 3. runs, stages and what they leave
@@ -679,9 +675,8 @@ class Loop:
         """Make the folder and start its log, or go on with the log that is there."""
         self.started = True
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:                                   # of a process that was killed while it wrote
-            for leftover in self.folder.glob(f".{name}.*.tmp"):
-                leftover.unlink()
+        for leftover in self.folder.glob(".*.tmp"):              # of a process that was killed while it wrote
+            leftover.unlink()
         if self.saved is None:
             (self.folder / "log.jsonl").unlink(missing_ok=True)    # of one that was killed before it saved
             self.write(self.first)
@@ -718,10 +713,11 @@ class Loop:
         if set(saved["state"]) != set(state):
             raise BadInput(f"{self.path} holds the state of another version of this program; start anew")
         for name, value in state.items():
-            if torch.is_tensor(value):
-                value.copy_(saved["state"][name])
-            else:
-                value.load_state_dict(saved["state"][name])
+            try:
+                (value.copy_ if torch.is_tensor(value) else value.load_state_dict)(saved["state"][name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise BadInput(f"{self.path} does not fit this {name} ({short(error)}); was the function "
+                               "that builds it changed? Put it back, or start anew elsewhere") from None
         torch.set_rng_state(saved["rng"])
         if torch.cuda.is_initialized() and len(saved["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
@@ -808,9 +804,9 @@ class Stage(Loop):
 class Run(Loop):
     """The run of a student: log.jsonl, samples.png, curves.png, checkpoint.pt, student.pt in one folder.
 
-    Only the run sees the test set. `distill` calls `resume` once and `log` at the end of each epoch; main()
-    may call `reuse`, `note` and `finish`. The folder is made with the first row of the log, when everything
-    that can be refused was accepted.
+    Only the run sees the test set. `distill` calls `resume` once and `log` at the end of each epoch, and may
+    call `note`; main() may call `reuse`, `note` and `finish`. The folder is made with the first row of the
+    log, when everything that can be refused was accepted.
     """
     def __init__(self, options, settings, teacher, student, data, scored=True):
         self.options, self.settings, self.student, self.data = options, settings, student, data
@@ -826,8 +822,7 @@ class Run(Loop):
         same = ("method", "dataset", "student", "precision", "deterministic", "threads", "eval_every")
         super().__init__(options.out or "runs", dict(
             {key: getattr(options, key) for key in same}, teacher=digest(teacher.state_dict()),
-            **{key: value for key, value in dataclasses.asdict(settings).items()
-               if key != "epochs" or not may_be_longer(settings)}), num_classes=data.num_classes)
+            **dataclasses.asdict(settings)), num_classes=data.num_classes)
         if options.resume:
             self.load()
         COSTS.clear()
@@ -939,9 +934,8 @@ class Run(Loop):
         """An epoch is over: score the student, write a row and a line, draw the images, keep the state."""
         self.pixels = pixels
         super().log(epoch, means, pixels, labels)
-        left = (self.settings.epochs - 1 - epoch) * sum(
-            value for key, value in self.rows[-1].items() if key.startswith("seconds_"))
-        if epoch == self.start and left > 60:
+        left = (self.settings.epochs - 1 - epoch) * (time.monotonic() - self.began)
+        if epoch == self.start and left > 60 and self.drawn:
             print(f"at this speed the other epochs take {left / 60:.0f} minutes", flush=True)
 
     def save(self, epoch):
@@ -1055,13 +1049,15 @@ def peak_memory_mb():
 def save_samples(path, pixels, labels, num_classes, each=8, most=20):
     """The last `each` of pixels (N, C, H, W) in [0, 1] of each class, a PNG row a class, at most `most`."""
     from PIL import Image, ImageDraw
-    pixels, labels = (255 * pixels.clamp(0, 1)).to(torch.uint8).cpu(), labels.cpu()
+    pixels, labels = to_bytes(pixels).cpu(), labels.cpu()
     classes = list(range(num_classes)) if num_classes <= most else labels.unique().tolist()[:most]
     sheet = pixels.new_zeros(len(classes), each, *pixels.shape[1:])          # black where a class has fewer
     for row, label in enumerate(classes):
         found = pixels[labels == label][-each:]
         sheet[row, :len(found)] = found
     scale = max(1, 40 // pixels.shape[2])                                # small images enlarged, not smoothed
+    if pixels.shape[1] not in (1, 3):                                    # shown in grey
+        sheet = sheet.float().mean(2, keepdim=True).to(torch.uint8)
     sheet = sheet.repeat_interleave(scale, -1).repeat_interleave(scale, -2).expand(-1, -1, 3, -1, -1)
     grid = torchvision.utils.make_grid(sheet.flatten(0, 1), nrow=each, padding=2, pad_value=255)   # (3, h, w)
     picture = Image.new("RGB", (grid.shape[2] + 24, grid.shape[1]), "white")
@@ -1143,10 +1139,10 @@ def command_line(main):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+            last = Loop.latest
+            where = f" in {last.counter} {last.next}" if last and not isinstance(error, OSError) else ""
             if isinstance(error, torch.OutOfMemoryError):
                 error = "the GPU's memory is full; lower --batch-size, or another batch size of --help"
-            last = Loop.latest
-            where = f" in {last.counter} {last.next}" if last else ""
             where += f"; its last checkpoint: {last.path}" if last and last.path.exists() else ""
             print(f"stopped: {error}{where}", file=sys.stderr)
             raise SystemExit(1) from None

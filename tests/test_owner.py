@@ -428,24 +428,6 @@ def test_folders_of_grey_files_stay_grey(in_tmp):
         common.load_dataset("folder:grey", False)
 
 
-def test_a_finished_run_gets_longer_where_nothing_follows_a_curve(teacher_file, in_tmp, capsys):
-    for method, flags, longer in ((dafl, "--schedule constant", True), (dafl, "", False),
-                                  (dafl, "--schedule constant --warmup 0.5", False), (csd, "", False)):
-        args = [*tiny_args(method, teacher_file), *flags.split(), "--out", "short", "--resume"]
-        method.main(args)
-        more = [*args, "--epochs", "3"]
-        if longer:
-            method.main(more)
-            method.main([*more, "--out", "straight"])
-            assert equal(*(running.read_classifier(f"{name}/student.pt")["weights"]
-                           for name in ("short", "straight")))
-            assert [row["epoch"] for row in rows_of("short") if row["event"] == "epoch"] == [0, 1, 2]
-        else:
-            assert "its learning rate has followed a curve" in refused(method, more, capsys)
-        assert "is finished; its result" in refused(method, args if not longer else more, capsys)
-        shutil.rmtree("short")
-
-
 def test_the_scores_in_distill_need_no_owner(in_tmp):
     """trained() with an untouched network: the check at the start draws no random number of the caller's."""
     one, two = trained(dafl), trained(dafl)

@@ -94,13 +94,20 @@ def test_a_run_that_goes_on_with_another_version_or_device_says_so(teacher_file,
 
 
 @pytest.mark.parametrize("change", [
-    {"num_classes": 1}, {"num_classes": 10 ** 9}, {"num_classes": 10.0}, {"crop": -1}, {"crop": 1.5},
+    {"num_classes": 1}, {"num_classes": 10 ** 9}, {"num_classes": 10.5}, {"crop": -1}, {"crop": 1.5},
     {"image_shape": (1, 8)}, {"image_shape": (1, -8, 8)}, {"image_shape": (10 ** 9, 8, 8)}, {"std": (0.0,)},
-    {"std": ("1",)}, {"mean": (0.0, 0.0)}, {"mean": (math.nan,)}], ids=str)
+    {"std": ("x",)}, {"mean": (0.0, 0.0)}, {"mean": (math.nan,)}], ids=str)
 def test_a_teachers_file_with_impossible_data_is_refused(change, in_tmp, capsys):
     content = torch.load(save_untrained("toy.pt", "wrn10_1"), weights_only=True)
     torch.save({**content, "data": {**content["data"], **change}}, "toy.pt")
     assert "not a teacher file" in refused(dafl, tiny_args(dafl, "./toy.pt"), capsys)
+
+
+def test_weights_from_elsewhere_are_refused_with_the_way_to_use_them(in_tmp, capsys):
+    network = common.build_model("wrn10_1", 10, (1, 8, 8))
+    for content in (network.state_dict(), dict(state_dict=network.state_dict()), network):
+        torch.save(content, "weights.pth")
+        assert "type --teacher mine:teacher" in refused(dafl, tiny_args(dafl, "weights.pth"), capsys)
 
 
 # --------------------------------------------------------------------------------------------------- teachers
@@ -201,7 +208,7 @@ def test_inspect_says_what_a_network_has(teacher_file, in_tmp, capsys):
              "csd, rdskd, dafl, cudfkd, deepinversion|if it is right: csd.py --teacher-last-map 3"),
             ("looked_at:pair", "7 classes|images  3x8x8\n|1 layers"),
             (str(teacher_file), "10 classes|1x8x8|of bn, (N, 64, 2, 2)"),
-            ("torchvision:swin_t", "10 classes|BatchNorm  none|of head, (N, 768)|of avgpool, (N, 768, |"
+            ("torchvision:swin_t", "1000 classes|BatchNorm  none|of head, (N, 768)|of avgpool, (N, 768, |"
              "not deepinversion, which needs BatchNorm")):
         running.main(["--inspect", name])
         said = re.sub(" {3,}", "  ", capsys.readouterr().out)
@@ -276,6 +283,14 @@ def test_a_preset_is_found_by_name_networks_or_data_set(
     assert settings == wanted and {*options.changed} <= {"surrogate"}
     found = options.preset, options.dataset, options.teacher, options.student
     assert found == (preset, dataset, teacher, student)
+
+
+def test_a_teachers_file_knows_its_data_set_better_than_a_preset(in_tmp):
+    """But --preset mnist-cpu scores students of a teacher of mnist-val on MNIST's test images."""
+    for made_with, dataset in (("fashion_mnist", "fashion_mnist"), ("mnist-val", "mnist"), ("none", "none")):
+        save_untrained("t.pt", "lenet5", common.DATASETS["mnist"], made_with)
+        assert parsed(dafl, "--preset mnist-cpu --teacher t.pt")[0].dataset == dataset
+    assert parsed(dafl, "--preset mnist-cpu --teacher t.pt --dataset mnist")[0].dataset == "mnist"
 
 
 def test_flags_beat_the_preset_and_are_named_as_changed():
@@ -375,7 +390,7 @@ def test_grey_pictures_and_some_with_alpha_are_a_data_set(in_tmp):
     pictures(in_tmp / "set", "ab", modes=("RGB", "L", "RGBA", "P"))
     assert common.load_dataset("folder:set", True)[0].pixels.shape == (8, 3, 8, 8)
     pictures(in_tmp / "half", "ab", parts=["train"], modes=["L"])
-    pictures(in_tmp / "half", "ab", parts=["test"], modes=["RGB"])             # so none of them is read as grey
+    pictures(in_tmp / "half", "ab", parts=["test"], modes=["RGB"])     # so none is read as grey
     for train in (True, False):
         images, data = common.load_dataset("folder:half", train)
         assert images.pixels.shape[1:] == data.image_shape == (3, 8, 8) and len(data.mean) == 3
@@ -451,8 +466,11 @@ def test_ctrl_c_says_how_to_go_on(moment, teacher_file, in_tmp, capsys, monkeypa
 
 def test_the_first_epoch_says_how_long_the_others_take(teacher_file, in_tmp, capsys, monkeypatch):
     found = running.describe
-    monkeypatch.setattr(running, "describe", lambda *args: [
-        {**row, "seconds_distillation": 90.0, "seconds_synthesis": 0.0} for row in found(*args)])
+
+    def describe(*args):                                       # each epoch seems to take 90 seconds
+        running.Loop.latest.began -= 90
+        return found(*args)
+    monkeypatch.setattr(running, "describe", describe)
     dafl.main([*tiny_args(dafl, teacher_file, epochs=3), "--out", "out"])
     said = capsys.readouterr().out
     assert said.count("at this speed the other epochs take 3 minutes") == said.count("at this speed") == 1
@@ -515,6 +533,8 @@ def test_the_picture_has_a_row_a_class_with_its_last_images(tmp_path):
     seen = [[sheet.getpixel((46 + 42 * column, 22 + 42 * row)) for column in range(8)] for row in range(3)]
     grey = [int(255 * i / 12) for i in range(12)]
     assert seen == [grey[2:10], [0] * 8, grey[10:] + [0] * 6] and os.listdir(tmp_path) == ["s.png"]
+    running.save_samples(tmp_path / "s.png", pixels.expand(-1, 4, -1, -1), torch.zeros(12), 3)
+    assert abs(Image.open(tmp_path / "s.png").getpixel((46, 22))[0] - grey[4]) <= 1    # shown in grey
 
 
 def test_checkpoints_and_caches_of_older_versions_are_refused(teacher_file, in_tmp, capsys):
