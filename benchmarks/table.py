@@ -388,7 +388,8 @@ def photographs_table(measurements):
 
     The students are those of all epochs, by benchmarks/epochs.py. Pairs are of two different runs, and five
     points of accuracy apart; the last two columns have those of one to five points. Runs of which two scores
-    are not known have a line of their own. The last lines add up the teachers for which all four are known.
+    are not known have a line of their own. The last lines add up the teachers for which all four are known;
+    one of them has only students that did not learn from a folder of photographs.
     """
     scores = {f"{name} {of}": f"{rule}-{pictures}" for of, pictures in (("drawn pictures", "leaves"),
                                                                       ("photographs", "pictures"))
@@ -410,20 +411,27 @@ def photographs_table(measurements):
                    for title, of in pairs.items()},
                 "closer pairs": sum(near),
                 "balanced, drawn, there": share_right(list(itertools.compress(drawn, near)))}
-    for (dataset, teacher, known), runs in sorted(teachers.items()):
+
+    def counted(runs):
+        """-> how many runs, how many students, {score: the pairs}"""
         pairs = {}
         for title, rule in scores.items():
-            students = [[*zip(row["student_acc"], row["measures"].get(rule, ()))] for row in runs.values()]
+            students = [[*zip(row["student_acc"], row["measures"].get(rule, ()))] for row in runs]
             pairs[title] = [(one[0] - other[0], one[1] - other[1]) for first, second in
                             itertools.combinations(students, 2) for one in first for other in second]
-        students = sum(len(row["student_acc"]) for row in runs.values())
-        yield line(dataset, teacher, len(runs), students, pairs)
-        if known:
-            kind = "in colour" if foreign.DATASETS[dataset].image_shape[0] == 3 else "grey"
-            counts, added = whole.setdefault(kind, ([], {}))
-            counts.append((len(runs), students))
-            for title, of in pairs.items():
-                added.setdefault(title, []).extend(of)
+        return len(runs), sum(len(row["student_acc"]) for row in runs), pairs
+    for (dataset, teacher, known), runs in sorted(teachers.items()):
+        runs = [*runs.values()]
+        yield line(dataset, teacher, *counted(runs))
+        kind = "in colour" if foreign.DATASETS[dataset].image_shape[0] == 3 else "grey"
+        others = [row for row in runs if not row["changed"].get("surrogate", "").startswith("folder:")]
+        for name, part in ((kind, runs), (f"{kind}, not of photographs", others)):
+            if known and (name == kind or kind == "in colour"):
+                *count, pairs = counted(part)
+                counts, added = whole.setdefault(name, ([], {}))
+                counts.append(count)
+                for title, of in pairs.items():
+                    added.setdefault(title, []).extend(of)
     for kind, (counts, pairs) in sorted(whole.items()):
         yield line(f"all, {kind}", "", *map(sum, zip(*counts)), pairs)
 

@@ -321,7 +321,7 @@ def test_scores_without_data_on_photographs_and_on_drawn_pictures():
         if balanced:
             measures.update({"balanced-leaves": pictures, "balanced-pictures": leaves})
         return dict(variant="epochs", dataset="mnist", teacher=teacher, pictures="folder:x", out=out,
-                    student_acc=student_acc, chosen={}, measures=measures)
+                    changed={}, student_acc=student_acc, chosen={}, measures=measures)
     rows = [row("a", (0.1, 0.9, 0.9)), row("a", (0.5, 0.6, 0.1), (0.6, 0.5, 0.3)),
             row("b", (0.62, 0.4, 0.2), (0.7, 0.3, 0.4))]
     alone, = table.photographs_table(rows)
