@@ -356,8 +356,8 @@ def compare_students(teacher, students, pictures):
 
     `teacher` as --teacher takes it; `students`: their files or run folders; `pictures`: folder:PATH, of which
     at most 1,000 are looked at, or 200 of more than 64x64 pixels, always the same ones. No label is needed.
-    -> lines of text, the highest balanced agreement first. Raises BadInput for a file or folder that cannot be
-    used, for a student of another teacher, and for one that was taught with another DataSpec.
+    -> lines of text, the highest balanced agreement first. Raises BadInput for a file or folder that cannot
+    be used, for a student of another teacher, and for one that was taught with another DataSpec.
     """
     if not pictures.startswith("folder:"):
         raise BadInput(f"--pictures {pictures} is no folder; type --pictures folder:{pictures}")
