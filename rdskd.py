@@ -369,7 +369,9 @@ if __name__ == "__main__":
 #  3. The fixed generator. In phase 2 it is in eval mode [code], so its BatchNorm layers use running
 #     statistics, the last one, too. The images of a batch no longer have mean 0 and deviation 1 exactly.
 #  4. The entropy loss has the natural logarithm [code], where the newest version of DAFL's code has log10.
-#  5. Weights. All are 1 [code]. --oh, --ie and --diversity-weight are there for your experiments.
+#  5. Weights. All are 1 [code] (--oh, --ie, --diversity-weight). On MNIST, in a fifth of the preset's steps
+#     (one seed), a tenth of --ie or ten times --oh lets all images fall into two classes: 64.85 and 70.92 %
+#     instead of 96.71. The other four changes by these factors end at 96.59 to 96.78 %.
 #  6. MSKD, a rival that the abstract names. We found neither its code nor a paper of that name, and guess
 #     that its term is that of MSGAN (Mao et al., CVPR 2019): --diversity ms --penalty fixed [ours]. MSKD and
 #     RDSKD reach 95.9 ± 1.8 and 95.4 ± 1.9 % on digits (94.6 ± 1.8 with --diversity none), 97.9 ± 0.5 and
