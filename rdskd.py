@@ -65,7 +65,7 @@ class Settings:
     diversity: Literal["ds", "ms", "none"] = "ds"   # ds: diversity_loss; ms: mode_seeking_loss (note 6)
     penalty: Literal["exp", "fixed"] = "exp"        # exp: e^(loss - reference); fixed: the loss (note 6)
     reference: Literal["epoch", "previous"] = "epoch"   # r_oh, r_ie: of a round's 2nd step, or the last
-    student_optimizer: Literal["sgd", "adam"] = "adam"  # SGD with momentum 0.9, or AdamW, at decay 0 Adam
+    student_optimizer: Literal["sgd", "adam"] = "adam"  # SGD with momentum 0.9, or AdamW
     lr_student: float = 2e-3            # learning rate of the student at the start
     weight_decay: float = 0.0           # of the student
     schedule: Literal["steps", "constant", "cosine"] = "steps"  # steps: student's rate / 10 at 80 %
@@ -370,7 +370,7 @@ if __name__ == "__main__":
 #     statistics, the last one, too. The images of a batch no longer have mean 0 and deviation 1 exactly.
 #  4. The entropy loss has the natural logarithm [code], where the newest version of DAFL's code has log10.
 #  5. Weights. All are 1 [code] (--oh, --ie, --diversity-weight). On MNIST, in a fifth of the preset's steps
-#     (one seed), a tenth of --ie or ten times --oh lets all images fall into two classes: 64.85 and 70.92 %
+#     (one seed), a tenth of --ie or ten times --oh puts nearly all images into two classes: 64.85 and 70.92 %
 #     instead of 96.71. The other four changes by these factors end at 96.59 to 96.78 %.
 #  6. MSKD, a rival that the abstract names. We found neither its code nor a paper of that name, and guess
 #     that its term is that of MSGAN (Mao et al., CVPR 2019): --diversity ms --penalty fixed [ours]. MSKD and
