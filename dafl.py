@@ -26,7 +26,8 @@ Copy it
 
 Letters: T teacher, G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes;
 f the D features of an image, which enter the teacher's first linear layer after its convolutions; L_oh, L_ie,
-L_a, L_kd the losses below; KL Kullback-Leibler divergence; τ the temperature, which divides the logits.
+L_a, L_kd the losses below; CE cross-entropy; KL Kullback-Leibler divergence; τ the temperature, which divides
+the logits.
 We did not have the paper's text and know it from others' reports. Sources: [code] the authors' code,
 huawei-noah/Data-Efficient-Model-Compression at 5e8f4e4; [ours] a reconstruction or a choice of this file.
 Where they disagree is listed at the end of the file: "note 3" is the third entry there.

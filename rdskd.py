@@ -28,8 +28,8 @@ Copy it
 
 Letters: G generator, z random vector of L numbers; N images in a batch, each C x H x W; K classes; x1, x2 the
 images of the two halves of a batch, P1, P2 the teacher's probabilities for them; L_oh, L_ie, L_ds the losses
-below, r_oh, r_ie earlier values of two of them; KL Kullback-Leibler divergence; τ the temperature, which
-divides the logits.
+below, r_oh, r_ie earlier values of two of them; CE cross-entropy; KL Kullback-Leibler divergence; τ the
+temperature, which divides the logits.
 Sources: [code] the authors' code, PengchaoHan/RDSKD at 8512a9d; [ours] a reconstruction or a choice of this
 file. Of the paper we had the abstract alone. "Note 3" is the third entry at the end of this file.
 """
